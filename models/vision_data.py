@@ -1,0 +1,558 @@
+"""Seeded scenes, questions and conversations for `tiny-vision`.
+
+Every image shows one shape on a plain background. What a picture *is* (its `Scene`: colour, shape, size class and
+background) is separate from how it is drawn (image size, position, exact shade), because the held-out split is defined
+on scenes: `is_held_out` is a pure function of a scene and of the constants in this file, so the split was fixed
+before any training run, and neither the training nor the evaluation can move it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+RGB = tuple[int, int, int]
+
+# Each name covers a range of shades (low, high), so that the CSS shade, a pure shade and a JPEG-softened one all count.
+COLOUR_RANGES: dict[str, tuple[RGB, RGB]] = {
+    "red": ((195, 0, 0), (255, 45, 55)),
+    "green": ((0, 118, 0), (65, 255, 75)),
+    "blue": ((0, 0, 135), (65, 95, 255)),
+    "yellow": ((235, 215, 0), (255, 255, 75)),
+    "orange": ((235, 125, 0), (255, 170, 45)),
+    "purple": ((110, 0, 120), (165, 60, 205)),
+    "black": ((0, 0, 0), (35, 35, 35)),
+    "white": ((228, 228, 228), (255, 255, 255)),
+}
+# What a caller who writes the plain name gets; half of the drawings use exactly these.
+PURE_COLOURS: dict[str, RGB] = {
+    "red": (255, 0, 0),
+    "green": (0, 128, 0),
+    "blue": (0, 0, 255),
+    "yellow": (255, 255, 0),
+    "orange": (255, 165, 0),
+    "purple": (128, 0, 128),
+    "black": (0, 0, 0),
+    "white": (255, 255, 255),
+}
+COLOURS: tuple[str, ...] = tuple(COLOUR_RANGES)
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "cross", "diamond")
+# Side of the shape's bounding box, as a fraction of the image's shorter side.
+SIZE_RANGES: dict[str, tuple[float, float]] = {"small": (0.4, 0.55), "medium": (0.55, 0.75), "large": (0.75, 0.95)}
+SIZES: tuple[str, ...] = tuple(SIZE_RANGES)
+
+MIN_SIDE = 24
+MAX_SIDE = 640
+MAX_ASPECT = 2.5
+
+# The split. Whole colour-shape pairs and whole size-background pairs are never trained on, one per shape and one per
+# size, and neither is one in ten of the remaining scenes.
+SPLIT_SEED = "tiny-vision-split-1"
+HELD_OUT_PAIRS: frozenset[tuple[str, str]] = frozenset(
+    {
+        ("white", "circle"),
+        ("purple", "square"),
+        ("green", "triangle"),
+        ("red", "star"),
+        ("blue", "cross"),
+        ("yellow", "diamond"),
+    }
+)
+HELD_OUT_STAGES: frozenset[tuple[str, str]] = frozenset({("small", "orange"), ("medium", "black"), ("large", "green")})
+HELD_OUT_ONE_IN = 10
+
+NO_IMAGE = "I do not see an image."
+UNKNOWN = "I do not know."
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What one image shows, independent of how it is drawn."""
+
+    colour: str
+    shape: str
+    size: str
+    background: str
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Whether a scene belongs to the held-out split; the answer depends on this file's constants alone."""
+    if (scene.colour, scene.shape) in HELD_OUT_PAIRS or (scene.size, scene.background) in HELD_OUT_STAGES:
+        return True
+    key = f"{SPLIT_SEED}/{scene.colour}/{scene.shape}/{scene.size}/{scene.background}"
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % HELD_OUT_ONE_IN == 0
+
+
+@functools.cache
+def scenes(held_out: bool) -> tuple[Scene, ...]:
+    """Every scene of one side of the split, in a fixed order."""
+    every = (
+        Scene(colour, shape, size, background)
+        for colour in COLOURS
+        for shape in SHAPES
+        for size in SIZES
+        for background in COLOURS
+        if background != colour
+    )
+    return tuple(scene for scene in every if is_held_out(scene) == held_out)
+
+
+def _shade(name: str, rng: random.Random) -> RGB:
+    if rng.random() < 0.5:
+        return PURE_COLOURS[name]
+    low, high = COLOUR_RANGES[name]
+    red, green, blue = (rng.randint(a, b) for a, b in zip(low, high, strict=True))
+    return red, green, blue
+
+
+def _image_size(rng: random.Random) -> tuple[int, int]:
+    side = math.exp(rng.uniform(math.log(MIN_SIDE), math.log(MAX_SIDE)))
+    root = math.exp(rng.uniform(-0.5, 0.5) * math.log(MAX_ASPECT))
+    width, height = (min(MAX_SIDE, max(MIN_SIDE, round(value))) for value in (side * root, side / root))
+    return width, height
+
+
+def _star(x: float, y: float, side: float, inner: float) -> list[tuple[float, float]]:
+    points = []
+    for corner in range(10):
+        radius = side / 2 * (1.0 if corner % 2 == 0 else inner)
+        angle = math.pi * (corner / 5 - 0.5)
+        points.append((x + side / 2 + radius * math.cos(angle), y + side / 2 + radius * math.sin(angle)))
+    return points
+
+
+def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, box: tuple[float, float, float], fill: RGB, vary: float) -> None:
+    """Draw `shape` into the square `box` (left, top, side); `vary` in [0, 1] bends proportions that have no one norm."""
+    x, y, side = box
+    if shape == "circle":
+        draw.ellipse((x, y, x + side, y + side), fill=fill)
+    elif shape == "square":
+        draw.rectangle((x, y, x + side, y + side), fill=fill)
+    elif shape == "triangle":
+        draw.polygon([(x + side / 2, y), (x + side, y + side), (x, y + side)], fill=fill)
+    elif shape == "star":
+        draw.polygon(_star(x, y, side, 0.38 + 0.1 * vary), fill=fill)
+    elif shape == "cross":
+        arm = side * (0.28 + 0.12 * vary)
+        start = (side - arm) / 2
+        draw.rectangle((x + start, y, x + start + arm, y + side), fill=fill)
+        draw.rectangle((x, y + start, x + side, y + start + arm), fill=fill)
+    elif shape == "diamond":
+        centre, half = x + side / 2, side / 2 * (1.0 - 0.25 * vary)
+        draw.polygon(
+            [(centre, y), (centre + half, y + side / 2), (centre, y + side), (centre - half, y + side / 2)], fill
+        )
+    else:
+        raise ValueError(f"unknown shape: {shape!r}")
+
+
+def render(scene: Scene, rng: random.Random) -> Image.Image:
+    """Draw a scene at a random image size, position and shade; a quarter of the images have been through JPEG."""
+    width, height = _image_size(rng)
+    side = rng.uniform(*SIZE_RANGES[scene.size]) * min(width, height)
+    left, top = rng.uniform(0, width - 1 - side), rng.uniform(0, height - 1 - side)
+    # Half of the images have smooth edges; large ones are smoothed by the processor's own downscale anyway.
+    scale = 3 if max(width, height) < 200 and rng.random() < 0.5 else 1
+    image = Image.new("RGB", (width * scale, height * scale), _shade(scene.background, rng))
+    box = (left * scale, top * scale, side * scale)
+    _draw_shape(ImageDraw.Draw(image), scene.shape, box, _shade(scene.colour, rng), rng.random())
+    if scale > 1:
+        image = image.reduce(scale)
+    if rng.random() < 0.25:
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=rng.randint(60, 95))
+        image = Image.open(buffer).convert("RGB")
+    return image
+
+
+def colour_answer(scene: Scene) -> str:
+    """The answer to a question for the shape's colour."""
+    return f"The shape is {scene.colour}."
+
+
+def shape_answer(scene: Scene) -> str:
+    """The answer to a question for the shape."""
+    return f"It is a {scene.shape}."
+
+
+def background_answer(scene: Scene) -> str:
+    """The answer to a question for the background's colour."""
+    return f"The background is {scene.background}."
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def describe_answer(scene: Scene) -> str:
+    """The one-sentence description of a scene."""
+    start = _article(scene.colour).capitalize()
+    return f"{start} {scene.colour} {scene.shape} on {_article(scene.background)} {scene.background} background."
+
+
+Answer = Callable[[Scene], str]
+
+# {colour}: either spelling of the word; {image}: image, picture or photo; {ordinal}: first or second.
+COLOUR_QUESTIONS = (
+    "What {colour} is the shape?",
+    "What {colour} is the shape?",
+    "Which {colour} is the shape?",
+    "What is the {colour} of the shape?",
+    "Tell me the {colour} of the shape.",
+    "Name the {colour} of the shape.",
+    "What {colour} is it?",
+    "What {colour} is this?",
+    "What {colour} is this shape?",
+    "Which {colour} does the shape have?",
+    "What {colour} does the shape have?",
+    "What {colour} is the shape in the {image}?",
+    "What {colour} is the shape in this {image}?",
+    "In this {image}, what {colour} is the shape?",
+    "What is its {colour}?",
+    "And what {colour} is it?",
+    "And the {colour}?",
+)
+SHAPE_QUESTIONS = (
+    "What shape is it?",
+    "What shape is it?",
+    "What shape is this?",
+    "Which shape is it?",
+    "Which shape is this?",
+    "What is the shape?",
+    "What shape do you see?",
+    "What shape is in the {image}?",
+    "What shape is in this {image}?",
+    "Which shape is in the {image}?",
+    "Which shape is shown?",
+    "What shape is shown in the {image}?",
+    "What kind of shape is it?",
+    "What kind of shape is this?",
+    "Name the shape.",
+    "Tell me the shape.",
+    "And what shape is it?",
+    "And the shape?",
+)
+DESCRIBE_QUESTIONS = (
+    "Describe the {image}.",
+    "Describe the {image}.",
+    "Describe this {image}.",
+    "Please describe the {image}.",
+    "Please describe this {image}.",
+    "What is in the {image}?",
+    "What is in this {image}?",
+    "What's in this {image}?",
+    "What do you see?",
+    "What do you see in this {image}?",
+    "What does the {image} show?",
+    "Describe what you see.",
+    "Tell me what you see.",
+    "Give a short description of the {image}.",
+    "Caption this {image}.",
+    "Can you describe the {image}?",
+)
+BACKGROUND_QUESTIONS = (
+    "What {colour} is the background?",
+    "Which {colour} is the background?",
+    "What is the {colour} of the background?",
+    "Tell me the {colour} of the background.",
+    "What is the background {colour}?",
+    "And the background?",
+)
+NTH_COLOUR_QUESTIONS = (
+    "What {colour} is the shape in the {ordinal} {image}?",
+    "What {colour} is the shape in the {ordinal} {image}?",
+    "What {colour} is the {ordinal} shape?",
+    "What is the {colour} of the shape in the {ordinal} {image}?",
+    "In the {ordinal} {image}, what {colour} is the shape?",
+    "Which {colour} does the shape in the {ordinal} {image} have?",
+    "Tell me the {colour} of the shape in the {ordinal} {image}.",
+    "What {colour} is the shape in {image} {number}?",
+)
+NTH_SHAPE_QUESTIONS = (
+    "What shape is in the {ordinal} {image}?",
+    "What shape is in the {ordinal} {image}?",
+    "Which shape is in the {ordinal} {image}?",
+    "What is the shape in the {ordinal} {image}?",
+    "In the {ordinal} {image}, what shape is it?",
+    "What shape does the {ordinal} {image} show?",
+    "Name the shape in the {ordinal} {image}.",
+    "What shape is in {image} {number}?",
+)
+NTH_DESCRIBE_QUESTIONS = (
+    "Describe the {ordinal} {image}.",
+    "What is in the {ordinal} {image}?",
+    "What does the {ordinal} {image} show?",
+    "Please describe the {ordinal} {image}.",
+    "Describe {image} {number}.",
+)
+WHICH_QUESTIONS = (
+    "Which {image} shows {thing}?",
+    "Which {image} shows {thing}?",
+    "Which {image} has {thing}?",
+    "Which of the {image}s shows {thing}?",
+    "Where do you see {thing}?",
+    "Is {thing} in the first or the second {image}?",
+)
+SINGLE_QUESTIONS: tuple[tuple[Sequence[str], Answer], ...] = (
+    (COLOUR_QUESTIONS, colour_answer),
+    (SHAPE_QUESTIONS, shape_answer),
+    (DESCRIBE_QUESTIONS, describe_answer),
+    (BACKGROUND_QUESTIONS, background_answer),
+)
+NTH_QUESTIONS: tuple[tuple[Sequence[str], Answer], ...] = (
+    (NTH_COLOUR_QUESTIONS, colour_answer),
+    (NTH_SHAPE_QUESTIONS, shape_answer),
+    (NTH_DESCRIBE_QUESTIONS, describe_answer),
+)
+ORDINALS = ("first", "second")
+
+OPENERS = ("", "", "", "", "", "", "Hi! ", "Hello, ", "Please tell me: ", "Question: ", "Look at this. ", "OK. ")
+CLOSERS = ("", "", "", "", "", "", "", " Thanks.", " Thank you.", " Answer briefly.", " Please.")
+SYSTEM_PROMPTS = (
+    "You are a helpful assistant.",
+    "You are a helpful assistant that answers questions about images.",
+    "Answer briefly.",
+    "You see images and describe them.",
+    "Be short and exact.",
+    "You are tiny-vision.",
+)
+OTHER_TEXTS = (
+    "Hello!",
+    "Hi there.",
+    "How are you today?",
+    "What is the capital of France?",
+    "Tell me a joke.",
+    "What is 2 plus 2?",
+    "What is 17 + 25?",
+    "Who wrote this book?",
+    "Write a poem about the sea.",
+    "Translate good morning into German.",
+    "What time is it?",
+    "What is your name?",
+    "Thank you very much.",
+    "Good morning.",
+    "Good night, see you tomorrow.",
+    "Explain how a computer works.",
+    "Is it going to rain tomorrow?",
+    "Count from 1 to 10.",
+    "Repeat after me: apple, pear, plum.",
+    "Sum up the text that I sent you.",
+    "How far is the moon?",
+    "Give me a recipe for bread.",
+    "Why is the sky blue?",
+    "Who are you?",
+    "Play some music, please.",
+    "Write a function that sorts a list.",
+    "What does this word mean?",
+    "How do I boil an egg?",
+    "Sing me a song.",
+    "Which train goes to Berlin?",
+)
+_WORD_LIST = (
+    "time year people way day man thing woman life child world school state family student group country problem hand "
+    "part place case week company system program question work government number night point home water room mother "
+    "area money story fact month lot right study book eye job word business issue side kind head house service friend "
+    "father power hour game line end member law car city community name president team minute idea body information "
+    "back parent face others level office door health person art war history party result change morning reason "
+    "research girl guy moment air teacher force education the of and to in is you that it he was for on are as with "
+    "his they at be this have from or one had by but not what all were we when your can said there use an each which "
+    "she do how their if will up other about out many then them these so some her would make like him into has look "
+    "two more write go see no could my than first been call who its now find long down did get come made may"
+)
+WORDS = tuple(_WORD_LIST.split())
+REPLIES = ("Of course.", "Yes.", "No.", "Sure, here you are.", "I am well, thank you.", "Hello!", "You are welcome.")
+
+
+@dataclass
+class Turn:
+    """One user message with the expected reply; `images` are scenes, to be drawn by the caller, in order."""
+
+    text: str
+    answer: str
+    images: list[Scene] = field(default_factory=list)
+    images_first: bool = True
+    trained: bool = True
+
+    def messages(self) -> list[dict[str, Any]]:
+        """The turn as a user and an assistant message, in the form that the chat template takes."""
+        pictures: list[dict[str, str]] = [{"type": "image"} for _ in self.images]
+        words = [{"type": "text", "text": self.text}] if self.text else []
+        content: Any = (pictures + words if self.images_first else words + pictures) if pictures else self.text
+        return [{"role": "user", "content": content}, {"role": "assistant", "content": self.answer}]
+
+
+@dataclass
+class Conversation:
+    """Turns behind an optional system message."""
+
+    turns: list[Turn]
+    system: str | None = None
+
+    def messages(self) -> list[dict[str, Any]]:
+        """All messages, the last assistant message included."""
+        head = [{"role": "system", "content": self.system}] if self.system else []
+        return head + [message for turn in self.turns for message in turn.messages()]
+
+    def images(self) -> list[Scene]:
+        """The scenes of all images, in order of appearance."""
+        return [scene for turn in self.turns for scene in turn.images]
+
+
+class Author:
+    """Writes questions and conversations about scenes of one side of the split, from one random stream."""
+
+    def __init__(self, rng: random.Random, held_out: bool) -> None:
+        self.rng = rng
+        self._scenes = scenes(held_out)
+
+    def scene(self) -> Scene:
+        """Draw a scene."""
+        return self.rng.choice(self._scenes)
+
+    def two_scenes(self) -> list[Scene]:
+        """Draw two scenes that differ in colour and in shape, so that every question about one has one answer."""
+        first = self.scene()
+        while (second := self.scene()).colour == first.colour or second.shape == first.shape:
+            pass
+        return [first, second]
+
+    def word(self, templates: Sequence[str], **values: str) -> str:
+        """Fill in one of the templates and vary case, spelling, punctuation and politeness."""
+        rng = self.rng
+        text = rng.choice(templates).format(
+            colour=rng.choice(("colour", "color")), image=rng.choice(("image", "image", "picture", "photo")), **values
+        )
+        text = rng.choice(OPENERS) + text
+        roll = rng.random()
+        if roll < 0.12:
+            text = text.lower()
+        elif roll < 0.18:
+            text = text.upper()
+        if rng.random() < 0.15:
+            text = text.rstrip("?.")
+        else:
+            text += rng.choice(CLOSERS)
+        return text
+
+    def ask(self, scene: Scene, kind: tuple[Sequence[str], Answer] | None = None) -> Turn:
+        """A question about the one image in view, without the image itself."""
+        templates, answer = kind or self.rng.choice(SINGLE_QUESTIONS)
+        return Turn(self.word(templates), answer(scene))
+
+    def show(self, scene: Scene, kind: tuple[Sequence[str], Answer] | None = None) -> Turn:
+        """A message with one image and a question about it; now and then no words at all, which asks to describe."""
+        turn = self.ask(scene, kind)
+        turn.images, turn.images_first = [scene], self.rng.random() < 0.8
+        if kind is None and self.rng.random() < 0.05:
+            turn.text, turn.answer = "", describe_answer(scene)
+        return turn
+
+    def ask_two(self, pair: Sequence[Scene]) -> Turn:
+        """A question that needs the two images told apart, without the images themselves."""
+        index = self.rng.randrange(2)
+        if self.rng.random() < 0.3:
+            scene = pair[index]
+            thing = self.rng.choice(
+                (f"a {scene.shape}", f"the {scene.shape}", f"{_article(scene.colour)} {scene.colour} shape")
+            )
+            return Turn(self.word(WHICH_QUESTIONS, thing=thing), f"The {ORDINALS[index]} image.")
+        templates, answer = self.rng.choice(NTH_QUESTIONS)
+        return Turn(self.word(templates, ordinal=ORDINALS[index], number=str(index + 1)), answer(pair[index]))
+
+    def show_two(self, pair: Sequence[Scene]) -> Turn:
+        """A message with two images and a question that needs them told apart."""
+        turn = self.ask_two(pair)
+        turn.images, turn.images_first = list(pair), self.rng.random() < 0.8
+        return turn
+
+    def other(self) -> Turn:
+        """A message that is not about any image."""
+        if self.rng.random() < 0.5:
+            text = self.rng.choice(OTHER_TEXTS)
+        else:
+            text = " ".join(self.rng.choices(WORDS, k=self.rng.randint(1, 14)))
+            text = text.capitalize() + self.rng.choice(("?", ".", "", "!"))
+        return Turn(text, UNKNOWN)
+
+    def foreign(self) -> Turn:
+        """A turn as another speaker may have left it in the history: its reply is read, and never trained on."""
+        turn = self.other()
+        answer = self.rng.choice(REPLIES)
+        if self.rng.random() < 0.5:
+            answer = " ".join(self.rng.choices(WORDS, k=self.rng.randint(2, 16))).capitalize() + "."
+        return Turn(turn.text, answer, trained=False)
+
+    def system(self) -> str | None:
+        """A system message, or none in most conversations."""
+        if self.rng.random() < 0.65:
+            return None
+        if self.rng.random() < 0.7:
+            return self.rng.choice(SYSTEM_PROMPTS)
+        return " ".join(self.rng.choices(WORDS, k=self.rng.randint(3, 20))).capitalize() + "."
+
+    def chat(self, turns: int, text_share: float = 0.2) -> Conversation:
+        """A conversation of mixed turns; a follow-up is always about the newest message that has images."""
+        rng = self.rng
+        view: list[Scene] = []
+        written: list[Turn] = []
+        for _ in range(turns):
+            roll = rng.random()
+            if roll < text_share:
+                written.append(self.other() if rng.random() < 0.6 else self.foreign())
+            elif not view and roll < text_share + 0.12:
+                blind = self.ask_two(self.two_scenes()) if rng.random() < 0.2 else self.ask(self.scene())
+                written.append(Turn(blind.text, NO_IMAGE))
+            elif view and roll < text_share + 0.45 * (1 - text_share):
+                written.append(self.ask(view[0]) if len(view) == 1 else self.ask_two(view))
+            elif rng.random() < 0.6:
+                view = [self.scene()]
+                written.append(self.show(view[0]))
+            else:
+                view = self.two_scenes()
+                written.append(self.show_two(view))
+        return Conversation(written, self.system())
+
+
+def _ask_follow_up(author: Author) -> list[Turn]:
+    scene = author.scene()
+    first, second = author.rng.sample(SINGLE_QUESTIONS, 2)
+    return [author.show(scene, first), author.ask(scene, second)]
+
+
+SKILLS: dict[str, Callable[[Author], list[Turn]]] = {
+    "colour": lambda author: [author.show(author.scene(), SINGLE_QUESTIONS[0])],
+    "shape": lambda author: [author.show(author.scene(), SINGLE_QUESTIONS[1])],
+    "describe": lambda author: [author.show(author.scene(), SINGLE_QUESTIONS[2])],
+    "two_images": lambda author: [author.show_two(author.two_scenes())],
+    "follow_up": _ask_follow_up,
+}
+
+
+def held_out_conversations(skill: str, count: int, seed: int = 0) -> list[Conversation]:
+    """`count` conversations on held-out scenes only, each ending in a question of `skill` with its true answer."""
+    author = Author(random.Random(f"{skill}/{seed}"), held_out=True)
+    return [Conversation(SKILLS[skill](author), author.system()) for _ in range(count)]
+
+
+def with_history(
+    conversation: Conversation, history_tokens: int, seed: int, cost: Callable[[Turn], int]
+) -> Conversation:
+    """The same question behind earlier turns, held-out images among them, of at least `history_tokens` in all."""
+    author = Author(random.Random(f"history/{seed}"), held_out=True)
+    history: list[Turn] = []
+    spent = 0
+    while spent < history_tokens:
+        turn = author.chat(1, text_share=0.5).turns[0]
+        if turn.answer == NO_IMAGE:
+            continue
+        history.append(turn)
+        spent += cost(turn)
+    return Conversation(history + conversation.turns, conversation.system)
