@@ -1,0 +1,1 @@
+"""Rotunda's product code: a plain Python package that never imports ray."""

@@ -1,0 +1,1 @@
+"""The surfaces: REST and SSE, GraphQL, and the protocols of other clients."""

@@ -1,0 +1,1 @@
+"""The words and the decisions of the product. Standard library only."""

@@ -1,0 +1,1 @@
+"""What turns a request into tokens on this machine."""

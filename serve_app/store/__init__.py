@@ -1,0 +1,1 @@
+"""Conversations, messages, images and stream sessions in one relational store."""
