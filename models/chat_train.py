@@ -1,0 +1,252 @@
+"""Training of ``tiny-chat``: one small Llama, stages of growing context, a mixture that follows the errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pathlib
+import random
+import time
+from collections.abc import Iterator
+
+import torch
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from models import chat_data, chat_tokenizer
+
+LOGGER = logging.getLogger(__name__)
+
+VOCABULARY = 512
+PEAK_RATE = 4e-3
+WARM_UP_STEPS = 100
+DECAY_SHARE = 0.45
+LOG_EVERY = 50
+
+# Counting writes by far the most tokens and is soon sure of most of them.
+TOKEN_WEIGHT = {"count": 0.25}
+RESULT_WEIGHT = 3.0
+# How often a kind of turn is drawn at least, relative to the others, however small its error has become.
+BASE_SHARE = {
+    "add": 0.6,
+    "repeat": 0.3,
+    "count": 0.3,
+    "tell_name": 0.25,
+    "ask_name": 0.35,
+    "persona": 0.3,
+    "unknown": 0.35,
+    "greet": 0.1,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A part of the run with one context length."""
+
+    length: int
+    batch: int
+    steps: int
+
+
+RECIPE = (Stage(128, 64, 500), Stage(256, 32, 1600), Stage(512, 16, 600), Stage(2048, 4, 650))
+
+
+@dataclasses.dataclass
+class Example:
+    """One conversation as tokens, with the weight of each token in the loss and the answer that it belongs to."""
+
+    tokens: list[int]
+    weights: list[float]
+    answers: list[int]
+    kinds: list[str]
+
+
+@dataclasses.dataclass
+class Batch:
+    """Examples of one length. ``answers`` numbers the answers of the whole batch; 0 stands for no answer."""
+
+    tokens: torch.Tensor
+    weights: torch.Tensor
+    answers: torch.Tensor
+    kinds: list[str]
+
+
+def configuration() -> LlamaConfig:
+    """The architecture: a stock Llama with full attention and tied embeddings."""
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=chat_tokenizer.CONTEXT,
+        rope_theta=10_000.0,
+        tie_word_embeddings=True,
+        initializer_range=0.04,
+        bos_token_id=None,
+        eos_token_id=chat_tokenizer.SPECIAL_TOKENS.index(chat_tokenizer.END),
+        pad_token_id=chat_tokenizer.SPECIAL_TOKENS.index(chat_tokenizer.PAD),
+    )
+
+
+class Encoder:
+    """Turns conversations into token ids, without the cost of rendering the template for every example."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._encode = tokenizer.backend_tokenizer.encode
+        self._ids = {token: tokenizer.convert_tokens_to_ids(token) for token in chat_tokenizer.SPECIAL_TOKENS}
+        self._equals = tokenizer.convert_tokens_to_ids("=")
+
+    def message(self, role: str, text: str) -> list[int]:
+        """The tokens of one message with its marks."""
+        inner = self._encode(text, add_special_tokens=False).ids
+        return [self._ids[chat_tokenizer.ROLE_TOKENS[role]], *inner, self._ids[chat_tokenizer.END]]
+
+    def length(self, turn: chat_data.Turn) -> int:
+        """How many tokens a turn takes."""
+        return len(self.message("user", turn.user)) + len(self.message("assistant", turn.assistant))
+
+    def answer_weights(self, kind: str, answer: list[int]) -> list[float]:
+        """Weight of every token of an answer; its role mark is given, so it weighs nothing."""
+        weights = [0.0] + [TOKEN_WEIGHT.get(kind, 1.0)] * (len(answer) - 1)
+        if kind == "add":
+            result = answer.index(self._equals) + 1
+            weights[result:] = [RESULT_WEIGHT] * (len(answer) - result)
+        return weights
+
+    def example(self, rng: random.Random, share: dict[str, float], length: int) -> Example:
+        """Draw one training conversation that fills ``length + 1`` tokens; the last turn may be cut."""
+        example = Example([], [], [], [])
+
+        def fits(turn: chat_data.Turn) -> bool:
+            user, assistant = self.message("user", turn.user), self.message("assistant", turn.assistant)
+            example.tokens.extend(user + assistant)
+            example.weights.extend([0.0] * len(user) + self.answer_weights(turn.kind, assistant))
+            example.kinds.append(turn.kind)
+            example.answers.extend([0] * (len(user) + 1) + [len(example.kinds)] * (len(assistant) - 1))
+            return len(example.tokens) <= length
+
+        longest_count = min(chat_data.LONGEST_COUNT, max(8, (length - 40) // 4))
+        conversation = chat_data.training_conversation(rng, share, fits, longest_count)
+        system = [] if conversation.system is None else self.message("system", conversation.system)
+        example.tokens = (system + example.tokens)[: length + 1]
+        example.weights = ([0.0] * len(system) + example.weights)[: length + 1]
+        example.answers = ([0] * len(system) + example.answers)[: length + 1]
+        return example
+
+
+def draw_batch(encoder: Encoder, rng: random.Random, share: dict[str, float], stage: Stage) -> Batch:
+    """Draw the examples of one step."""
+    examples = [encoder.example(rng, share, stage.length) for _ in range(stage.batch)]
+    kinds: list[str] = []
+    answers = []
+    for example in examples:
+        answers.append([answer + len(kinds) if answer else 0 for answer in example.answers])
+        kinds.extend(example.kinds)
+    return Batch(
+        torch.tensor([example.tokens for example in examples]),
+        torch.tensor([example.weights for example in examples]),
+        torch.tensor(answers),
+        kinds,
+    )
+
+
+class Mixture:
+    """How often each kind of turn is drawn: a base share and the running share of its answers that are wrong."""
+
+    def __init__(self, keep: float = 0.97) -> None:
+        self.errors = dict.fromkeys(chat_data.KINDS, 1.0)
+        self._keep = keep
+
+    def share(self) -> dict[str, float]:
+        """Weights for the draw of the next batch."""
+        return {kind: BASE_SHARE[kind] + self.errors[kind] ** 0.5 for kind in chat_data.KINDS}
+
+    def update(self, batch: Batch, wrong: torch.Tensor) -> None:
+        """Account for the answers of one batch; ``wrong`` marks the tokens that greedy decoding would miss."""
+        wrong_answers = set((batch.answers[:, 1:] * wrong).unique().tolist())
+        count, misses = dict.fromkeys(chat_data.KINDS, 0), dict.fromkeys(chat_data.KINDS, 0)
+        for number, kind in enumerate(batch.kinds, start=1):
+            count[kind] += 1
+            misses[kind] += number in wrong_answers
+        for kind in chat_data.KINDS:
+            if count[kind]:
+                self.errors[kind] = self._keep * self.errors[kind] + (1 - self._keep) * misses[kind] / count[kind]
+
+
+def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, which learns such small models in fewer steps, AdamW for the rest."""
+    matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name]
+    rest = [weight for name, weight in model.named_parameters() if weight.ndim != 2 or "embed" in name]
+    return [
+        torch.optim.Muon(matrices, lr=PEAK_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def learning_rate(step: int, total: int) -> float:
+    """Warm-up, a plateau, then a straight line down."""
+    decay = DECAY_SHARE * total
+    return PEAK_RATE * min((step + 1) / WARM_UP_STEPS, 1.0, (total - step) / decay)
+
+
+def train_step(
+    model: LlamaForCausalLM, batch: Batch, steppers: list[torch.optim.Optimizer]
+) -> tuple[float, torch.Tensor]:
+    """One update. Returns the loss and the mask of wrong tokens."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(batch.tokens[:, :-1], use_cache=False).logits
+    logits, targets, weights = logits.float(), batch.tokens[:, 1:], batch.weights[:, 1:]
+    losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    loss = (losses * weights.flatten()).sum() / weights.sum()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for stepper in steppers:
+        stepper.step()
+        stepper.zero_grad(set_to_none=True)
+    return loss.item(), logits.detach().argmax(-1) != targets
+
+
+def _schedule(recipe: tuple[Stage, ...]) -> Iterator[Stage]:
+    for stage in recipe:
+        for _ in range(stage.steps):
+            yield stage
+
+
+def run(
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    recipe: tuple[Stage, ...] = RECIPE,
+    checkpoints: pathlib.Path | None = None,
+) -> LlamaForCausalLM:
+    """Train from scratch.
+
+    Args:
+        tokenizer: The tokenizer of the model.
+        seed: Seed of the initial weights and of the conversations.
+        recipe: Stages, in order.
+        checkpoints: Folder that receives the weights at every tenth of the run, if any.
+    """
+    torch.manual_seed(seed)
+    rng = random.Random(seed + 1)
+    model = LlamaForCausalLM(configuration())
+    encoder, mixture, steppers = Encoder(tokenizer), Mixture(), optimizers(model)
+    total = sum(stage.steps for stage in recipe)
+    LOGGER.info("%d parameters, %d steps", sum(weight.numel() for weight in model.parameters()), total)
+    model.train()
+    for step, stage in enumerate(_schedule(recipe)):
+        for stepper in steppers:
+            for group in stepper.param_groups:
+                group["lr"] = learning_rate(step, total)
+        batch = draw_batch(encoder, rng, mixture.share(), stage)
+        loss, wrong = train_step(model, batch, steppers)
+        mixture.update(batch, wrong)
+        if step % LOG_EVERY == 0:
+            errors = " ".join(f"{kind} {error:.3f}" for kind, error in mixture.errors.items())
+            LOGGER.info(
+                "step %d, %d s, length %d, loss %.4f, errors: %s", step, time.process_time(), stage.length, loss, errors
+            )
+        if checkpoints is not None and (step + 1) % max(1, total // 10) == 0:
+            model.save_pretrained(checkpoints / f"step-{step + 1}")
+    return model.eval()
