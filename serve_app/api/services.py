@@ -1,0 +1,27 @@
+"""What the surfaces are made of; filled in by the composition root (deployments/ingress.py) and by tests."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from serve_app.config import Settings
+from serve_app.gateway import Gateway
+from serve_app.sessions import Sessions
+from serve_app.store.images import ImageFiles
+from serve_app.store.passwords import Passwords
+from serve_app.store.store import Store
+
+
+@dataclass(frozen=True)
+class Services:
+    """``problems`` answers why the server is not ready, in plain words; empty when it is."""
+
+    settings: Settings
+    store: Store
+    gateway: Gateway
+    sessions: Sessions
+    files: ImageFiles
+    passwords: Passwords
+    signing_key: bytes
+    problems: Callable[[], Awaitable[list[str]]]

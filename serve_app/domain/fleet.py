@@ -1,0 +1,193 @@
+"""What the replicas said last, and the state of every model that follows from it. No I/O; the clock is passed in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from serve_app.domain.catalog import RESIDENT, Catalogue, Entry, ModelState
+
+REPORT_TTL_S = 5.0
+"""A replica that has said nothing for so long is taken for gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One heartbeat of a replica. Counters grow from its start; ``memory_bytes`` is its proportional set size."""
+
+    application: str
+    replica_id: str
+    state: ModelState
+    pid: int = 0
+    node: str = ""
+    engine: str | None = None
+    reason: str | None = None
+    progress: float | None = None
+    running: int = 0
+    waiting: int = 0
+    requests: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    completion_tokens: int = 0
+    tokens_after_cancel: int = 0
+    busy_seconds: float = 0.0
+    """Sum over the finished requests of the time from request to last token."""
+    memory_bytes: int | None = None
+    loaded_at: float | None = None
+    last_used_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """One model as the fleet shows it; times are seconds since the epoch."""
+
+    entry: Entry
+    name: str
+    state: ModelState
+    reports: tuple[Report, ...] = ()
+    pinned: bool = False
+    reason: str | None = None
+
+    @property
+    def resident(self) -> bool:
+        return self.state in RESIDENT
+
+    def total(self, counter: str) -> Any:
+        return sum(getattr(report, counter) or 0 for report in self.reports)
+
+    def to_json(self) -> dict[str, Any]:
+        info, reports = self.entry.info, self.reports
+        finished = self.total("requests") - self.total("running") - self.total("waiting")
+        memory = [report.memory_bytes for report in reports if report.memory_bytes is not None]
+        return {
+            "name": self.name,
+            "id": self.entry.id,
+            "provider": self.entry.provider,
+            "task": info.task.value if info and info.task else None,
+            "architecture": info.architecture if info else None,
+            "parameters": info.parameters if info else None,
+            "capabilities": sorted(self.entry.capabilities),
+            "state": self.state.value,
+            "pinned": self.pinned,
+            "declared": self.entry.declared,
+            "sizeBytes": info.size_bytes if info else None,
+            "memoryBytes": sum(memory) if memory else None,
+            "contextLength": info.context_length if info else None,
+            "quantization": info.quantization if info else None,
+            "engine": next((report.engine for report in reports if report.engine), None),
+            "loadedAt": min((report.loaded_at for report in reports if report.loaded_at), default=None),
+            "lastUsedAt": max((report.last_used_at for report in reports if report.last_used_at), default=None),
+            "replicas": sum(report.state in RESIDENT for report in reports),
+            "pids": sorted(report.pid for report in reports),
+            "running": self.total("running"),
+            "waiting": self.total("waiting"),
+            "requestCount": self.total("requests"),
+            "errorCount": self.total("failed"),
+            "cancelledCount": self.total("cancelled"),
+            "tokensGenerated": self.total("completion_tokens"),
+            "tokensAfterCancel": self.total("tokens_after_cancel"),
+            "averageResponseMs": round(1000 * self.total("busy_seconds") / finished, 1) if finished > 0 else None,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderStatus:
+    """How the discovery of one provider's models went."""
+
+    name: str
+    kind: str
+    status: Literal["ok", "error"]
+    model_count: int
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "status": self.status,
+            "error": self.error,
+            "modelCount": self.model_count,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class FleetView:
+    """A picture of the fleet at one moment; ``notes`` are the router's own troubles, in plain words."""
+
+    models: tuple[ModelStatus, ...] = ()
+    providers: tuple[ProviderStatus, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "models": [status.name for status in self.models],
+            "count": len(self.models),
+            "items": [status.to_json() for status in self.models],
+            "providers": [provider.to_json() for provider in self.providers],
+        }
+
+
+@dataclass
+class Fleet:
+    """The last report of every replica. One writer: the router."""
+
+    reports: dict[tuple[str, str], tuple[float, Report]] = field(default_factory=dict)
+    starting: dict[str, float] = field(default_factory=dict)
+    """Applications whose first replica was asked for, and when."""
+
+    def hear(self, report: Report, now: float) -> None:
+        self.reports[report.application, report.replica_id] = (now, report)
+        self.starting.pop(report.application, None)
+
+    def expect(self, application: str, now: float) -> None:
+        """A load was asked for: the model counts as loading until a replica speaks or a minute has passed."""
+        if not self.of(application, now):
+            self.starting.setdefault(application, now)
+
+    def forget(self, application: str, replica_id: str) -> None:
+        self.reports.pop((application, replica_id), None)
+
+    def prune(self, now: float) -> None:
+        """Drop the replicas that fell silent and the loads that nobody heard of again."""
+        self.reports = {key: value for key, value in self.reports.items() if now - value[0] <= REPORT_TTL_S}
+        self.starting = {name: since for name, since in self.starting.items() if now - since <= 60}
+
+    def of(self, application: str, now: float) -> tuple[Report, ...]:
+        return tuple(
+            report
+            for (name, _), (at, report) in self.reports.items()
+            if name == application and now - at <= REPORT_TTL_S
+        )
+
+    def state_of(self, entry: Entry, now: float) -> tuple[ModelState, str | None]:
+        """The model's state and, when there is one to give, the reason for it."""
+        if entry.reason is not None:
+            return ModelState.UNAVAILABLE, entry.reason
+        reports = self.of(entry.application, now)
+        for state in (ModelState.BUSY, ModelState.READY, ModelState.LOADING, ModelState.RETIRING, ModelState.FAILED):
+            for report in reports:
+                if report.state is state:
+                    return state, report.reason
+        return (ModelState.LOADING if entry.application in self.starting else ModelState.COLD), None
+
+    def view(
+        self,
+        catalogue: Catalogue,
+        now: float,
+        pinned: frozenset[str] = frozenset(),
+        providers: tuple[ProviderStatus, ...] = (),
+        notes: tuple[str, ...] = (),
+    ) -> FleetView:
+        models = []
+        for entry in catalogue.entries:
+            state, reason = self.state_of(entry, now)
+            reports = self.of(entry.application, now)
+            name = catalogue.name_of(entry)
+            models.append(ModelStatus(entry, name, state, reports, entry.full_name in pinned, reason))
+        return FleetView(tuple(models), providers, notes)
+
+
+def state_from_counters(running: int, waiting: int) -> ModelState:
+    """Ready or busy, for a replica whose engine is loaded."""
+    return ModelState.BUSY if running or waiting else ModelState.READY

@@ -1,0 +1,259 @@
+"""The way of one request: admit → route → stream → record.
+
+The gateway knows neither Ray nor HTTP. A :class:`Router` says which models may answer, a :class:`Backend` makes
+one of them answer, and the surfaces turn what comes out into their own protocols.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from serve_app.domain.backoff import Backoff
+from serve_app.domain.catalog import Entry
+from serve_app.domain.errors import DeadlineExceeded, InvalidInput, Phase, ProviderError, ReplicaRetired, RotundaError
+from serve_app.domain.events import Loading, Queued, Switched
+from serve_app.domain.fleet import FleetView
+from serve_app.domain.generation import Accepted, Delta, Finish, GenerationRequest, Item, Timing
+from serve_app.domain.routing import Admission, Ask, Candidate, Granted, Waiting
+
+logger = logging.getLogger(__name__)
+
+
+class Router(Protocol):
+    """Decides; holds the fleet's state."""
+
+    async def admit(self, ask: Ask) -> Admission: ...
+
+    async def cancel(self, ticket: str) -> None:
+        """Forget a ticket that was answered with :class:`Waiting`."""
+        ...
+
+    async def view(self) -> FleetView: ...
+
+    async def command(self, action: str, model: str, **arguments: Any) -> dict[str, Any]:
+        """``load``, ``unload``, ``pin`` or ``plan`` a model; the answer is JSON values."""
+        ...
+
+
+class Backend(Protocol):
+    """Makes one model answer."""
+
+    def stream(self, entry: Entry, request: GenerationRequest, epoch: int) -> AsyncGenerator[Item, None]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The five timeouts of a reply, in seconds, and how often to try again before the first byte."""
+
+    load_s: float = 120.0
+    first_token_s: float = 60.0
+    idle_s: float = 60.0
+    total_s: float = 300.0
+    backoff: Backoff = field(default_factory=Backoff)
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """A model was chosen and is about to be called."""
+
+    candidate: Candidate
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """The reply is whole; always the last step."""
+
+    finish: Finish
+    timing: Timing
+
+
+Step = Queued | Loading | Switched | Routed | Accepted | Delta | Completed
+
+
+@dataclass
+class Record:
+    """The clock of one reply; gives its :class:`Timing`."""
+
+    clock: Callable[[], float]
+    started: float = field(init=False)
+    admitted: float | None = None
+    load_s: float = 0.0
+    first: float | None = None
+
+    def __post_init__(self) -> None:
+        self.started = self.clock()
+
+    def timing(self, finish: Finish | None = None) -> Timing:
+        now = self.clock()
+        engine_queue = finish.timing.queue_s if finish else 0.0
+        waited = (self.admitted or now) - self.started
+        return Timing(
+            queued_s=waited + engine_queue,
+            load_s=self.load_s,
+            ttft_s=None if self.first is None else self.first - self.started,
+            decode_s=0.0 if self.first is None else now - self.first,
+            total_s=now - self.started,
+        )
+
+
+class Gateway:
+    """Sends requests to models. One per ingress; holds the leases that spare a call to the router.
+
+    Args:
+        router: decides who may answer.
+        backend: calls the models.
+        limits: timeouts and retries.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        backend: Backend,
+        limits: Limits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.router = router
+        self._backend = backend
+        self._limits = limits or Limits()
+        self._clock = clock
+        self._leases: dict[tuple[Any, ...], tuple[float, Granted]] = {}
+
+    async def admit(self, ask: Ask) -> Admission:
+        """The router's answer, or a live lease's. Raises whatever makes the request impossible."""
+        key = (ask.model, ask.needs, ask.fallbacks)
+        now = self._clock()
+        expires, granted = self._leases.get(key, (0.0, None))
+        if granted is not None and now < expires:
+            return granted
+        self._leases.pop(key, None)
+        admission = await self.router.admit(ask)
+        if isinstance(admission, Granted) and admission.route.first.resident:
+            self._leases[key] = (now + admission.lease.ttl_s, admission)
+        return admission
+
+    async def reply(
+        self, ask: Ask, request: GenerationRequest, admission: Admission | None = None
+    ) -> AsyncGenerator[Step, None]:
+        """Generate one reply; close the iterator to stop it.
+
+        Args:
+            ask: what the router is asked.
+            request: what the model is asked; its ``model`` is replaced by the chosen one.
+            admission: the router's first answer, when the caller has it already.
+
+        Raises:
+            RotundaError: no model could answer. Before the first byte the other candidates were tried.
+        """
+        record = Record(self._clock)
+        granted: Granted | None = None
+        async with aclosing(self._wait(ask, admission)) as news:
+            async for item in news:
+                if isinstance(item, Granted):
+                    granted = item
+                else:
+                    yield item
+        assert granted is not None
+        record.admitted = self._clock()
+        async with aclosing(self._route(ask, granted, request, record)) as steps:
+            async for step in steps:
+                yield step
+
+    async def _wait(self, ask: Ask, admission: Admission | None) -> AsyncGenerator[Queued | Loading | Granted, None]:
+        """Admit: yield what the client may know while it waits, and at last the grant."""
+        current = admission or await self.admit(ask)
+        told: Queued | Loading | None = None
+        try:
+            while isinstance(current, Waiting):
+                news = Queued(current.position, current.reason, current.eta_ms)
+                if news != told:
+                    yield news
+                    told = news
+                await asyncio.sleep(current.retry_in_s)
+                current = await self.admit(ask)
+        except (asyncio.CancelledError, GeneratorExit):
+            await self.router.cancel(ask.ticket)
+            raise
+        yield current
+
+    async def _route(
+        self, ask: Ask, granted: Granted, request: GenerationRequest, record: Record
+    ) -> AsyncGenerator[Step, None]:
+        """Route: the candidates in order, each as often as the backoff allows, until one has said something."""
+        candidates = granted.route.candidates
+        for rank, candidate in enumerate(candidates):
+            failures = 0
+            while True:
+                yield Routed(candidate)
+                try:
+                    async with aclosing(self._stream(candidate, granted, request, record)) as steps:
+                        async for step in steps:
+                            yield step
+                    return
+                except RotundaError as error:
+                    self._leases.clear()
+                    if record.first is not None or isinstance(error, InvalidInput):
+                        raise
+                    failures += 1
+                    delay = self._limits.backoff.delay_s(failures, random.random) if error.retryable else None
+                    if delay is None and rank + 1 == len(candidates):
+                        raise
+                    failure = error
+                logger.warning("attempt %d on %s failed: %s", failures, candidate.name, failure)
+                if delay is None:
+                    yield Switched(candidate.name, candidates[rank + 1].name, failure.message)
+                    break
+                await asyncio.sleep(delay)
+                granted = await self._again(ask, granted, failure)
+
+    async def _again(self, ask: Ask, granted: Granted, failure: RotundaError) -> Granted:
+        """A retired replica's lease is void: ask the router for a new one."""
+        if not isinstance(failure, ReplicaRetired):
+            return granted
+        admission = await self.admit(ask)
+        return admission if isinstance(admission, Granted) else granted
+
+    async def _stream(
+        self, candidate: Candidate, granted: Granted, request: GenerationRequest, record: Record
+    ) -> AsyncGenerator[Step, None]:
+        """Stream one candidate's items, each within its time, and record when they came."""
+        if not candidate.resident:
+            yield Loading(candidate.name)
+        called = self._clock()
+        request = replace(request, model=candidate.entry.id)
+        async with aclosing(self._backend.stream(candidate.entry, request, granted.lease.epoch)) as items:
+            phase: Phase = "load"
+            while True:
+                item = await self._next(items, phase, record, candidate.entry.provider)
+                match item:
+                    case Accepted():
+                        record.load_s = 0.0 if candidate.resident else self._clock() - called
+                        phase = "first token"
+                        yield item
+                    case Delta():
+                        record.first = record.first or self._clock()
+                        phase = "idle"
+                        yield item
+                    case Finish():
+                        yield Completed(item, record.timing(item))
+                        return
+
+    async def _next(self, items: AsyncIterator[Item], phase: Phase, record: Record, provider: str) -> Item:
+        limit = {"load": self._limits.load_s, "first token": self._limits.first_token_s}.get(phase, self._limits.idle_s)
+        left = record.started + self._limits.total_s - self._clock()
+        try:
+            async with asyncio.timeout(min(limit, left)):
+                return await anext(items)
+        except TimeoutError:
+            if left <= limit:
+                raise DeadlineExceeded.during("total", self._limits.total_s, provider) from None
+            raise DeadlineExceeded.during(phase, limit, provider) from None
+        except StopAsyncIteration:
+            raise ProviderError("The model's answer broke off without an end. Try again.", provider, True) from None
