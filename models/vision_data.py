@@ -130,7 +130,7 @@ def _star(x: float, y: float, side: float, inner: float) -> list[tuple[float, fl
 
 
 def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, box: tuple[float, float, float], fill: RGB, vary: float) -> None:
-    """Draw `shape` into the square `box` (left, top, side); `vary` in [0, 1] bends proportions that have no one norm."""
+    """Draw `shape` into the square `box` (left, top, side); `vary` in [0, 1] bends proportions without a norm."""
     x, y, side = box
     if shape == "circle":
         draw.ellipse((x, y, x + side, y + side), fill=fill)
