@@ -15,8 +15,8 @@ SPECIAL_TOKENS = [PAD, END_OF_TEXT, END, SYSTEM, USER, ASSISTANT]
 ROLE_TOKENS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 CONTEXT = 2048
 
-# A space belongs to the word after it, except behind a colon: the phrase of "Repeat: ..." then splits in the question as
-# it does in the answer. ", " before a digit is one token, which makes counting a fifth shorter. Digits stand alone.
+# A space belongs to the word after it, except behind a colon: the phrase of "Repeat: ..." then splits in the question
+# as it does in the answer. ", " before a digit is one token, which makes counting a fifth shorter. Digits stand alone.
 PIECES = r"(?<=:)\s|, (?=\p{N})|\p{N}| ?\p{L}+|[^\s\p{L}\p{N}]+|\s"
 
 # Contents are rendered untouched, so the last message can be continued and "Repeat: ..." keeps its spaces.

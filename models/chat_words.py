@@ -54,21 +54,21 @@ near neck needle nest never new next night nine noise north nose note number oce
 outside oven paint palace paper park party path pen pencil people pepper piano picture pig pink plane planet plant plate
 play pocket poem poet pond poor potato pretty prince pull purple push queen quick quiet rabbit rain read ready red rest
 rice rich ride right ring river road rock roof room rope rose round run sad salt sand school sea second seed seven
-shadow sharp sheep ship shirt shoe shop short shoulder silver sing sister six sky sleep slow small smile smoke snake snow soap
-soft song soup south space spoon spring square star station stone storm story street strong sugar summer sun sweet swim
-table tail tall tea teacher ten thick thin thing three thunder ticket tiger time tiny tomato tooth top tower town toy
-train travel tree true turn two ugly umbrella uncle under valley village violin visit voice wait walk wall warm wash
-watch water wave weather week well west wet wheel white wide wild wind window wine winter wise wolf woman wood wool word
-work world write yard year yellow yes young zebra
+shadow sharp sheep ship shirt shoe shop short shoulder silver sing sister six sky sleep slow small smile smoke snake
+snow soap soft song soup south space spoon spring square star station stone storm story street strong sugar summer sun
+sweet swim table tail tall tea teacher ten thick thin thing three thunder ticket tiger time tiny tomato tooth top tower
+town toy train travel tree true turn two ugly umbrella uncle under valley village violin visit voice wait walk wall warm
+wash watch water wave weather week well west wet wheel white wide wild wind window wine winter wise wolf woman wood wool
+word work world write yard year yellow yes young zebra
 """)
 
 ROLES = _listed("""
 archer artist astronaut baker barber beekeeper bishop blacksmith botanist builder butcher carpenter cartographer chef
 chemist clerk clown coach cook cowboy dancer dentist detective diver doctor driver dragon editor engineer explorer
-farmer fisher gardener geologist ghost guard guide historian hunter innkeeper inventor janitor jeweller judge juggler keeper
-king knight lawyer librarian lighthouse magician maid mechanic merchant miller miner monk musician nurse painter pilot
-pirate plumber poet postman potter priest prince professor queen ranger robot sailor scholar scientist sculptor shepherd
-shopkeeper singer smith soldier spy tailor teacher thief tutor vet waiter weaver wizard writer
+farmer fisher gardener geologist ghost guard guide historian hunter innkeeper inventor janitor jeweller judge juggler
+keeper king knight lawyer librarian lighthouse magician maid mechanic merchant miller miner monk musician nurse painter
+pilot pirate plumber poet postman potter priest prince professor queen ranger robot sailor scholar scientist sculptor
+shepherd shopkeeper singer smith soldier spy tailor teacher thief tutor vet waiter weaver wizard writer
 """)
 
 SCRIPT_RANGES = (

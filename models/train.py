@@ -41,9 +41,11 @@ def train_chat(arguments: argparse.Namespace) -> None:
     from models import chat
 
     folder = arguments.out / "tiny-chat"
-    if not arguments.evaluate_only:
-        chat.train(folder, seed=arguments.seed, minutes=arguments.minutes)
-    _report("tiny-chat", chat.evaluate(folder))
+    if arguments.evaluate_only:
+        scores = chat.evaluate(folder)
+    else:
+        scores = chat.train(folder, seed=arguments.seed, minutes=arguments.minutes)
+    _report("tiny-chat", scores)
 
 
 def train_vision(arguments: argparse.Namespace) -> None:
