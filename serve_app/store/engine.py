@@ -1,0 +1,151 @@
+"""The connection to the database: transactions, SQLite's settings, and the translation of the library's errors."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, event, make_url
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from serve_app.domain.errors import Internal, InvalidConfig, ProviderUnavailable
+
+logger = logging.getLogger(__name__)
+
+# Milliseconds that a statement waits for another process's write transaction.
+SQLITE_BUSY_MS = 10_000
+# aiosqlite runs one thread per connection: four readers and a writer.
+SQLITE_CONNECTIONS = 5
+
+_DRIVERS = {
+    "sqlite": "sqlite+aiosqlite",
+    "sqlite+aiosqlite": "sqlite+aiosqlite",
+    "postgres": "postgresql+asyncpg",
+    "postgresql": "postgresql+asyncpg",
+    "postgresql+asyncpg": "postgresql+asyncpg",
+}
+# SQLSTATE classes that say "not now" rather than "not like that": connection, rollback (deadlock), resources,
+# operator intervention (shutdown), lock not available.
+_TRANSIENT_SQLSTATES = ("08", "40", "53", "57", "55P03")
+_WRITES = "rotunda_writes"
+
+
+def parse_url(text: str) -> URL:
+    """The database URL with its asynchronous driver.
+
+    Raises InvalidConfig for another kind of database, and for SQLite without a file: replicas share the file.
+    """
+    try:
+        url = make_url(text)
+    except ArgumentError as error:
+        raise InvalidConfig("DATABASE_URL is not a URL. An example: sqlite+aiosqlite:///data/rotunda.db") from error
+    driver = _DRIVERS.get(url.drivername)
+    if driver is None:
+        raise InvalidConfig(
+            f"DATABASE_URL names {url.drivername!r}; use sqlite+aiosqlite:///FILE or postgresql+asyncpg://HOST/NAME."
+        )
+    if driver.startswith("sqlite") and (not url.database or url.database.startswith((":memory:", "file:"))):
+        raise InvalidConfig("DATABASE_URL must name a file for SQLite, like sqlite+aiosqlite:///data/rotunda.db")
+    return url.set(drivername=driver)
+
+
+def sqlite_file(url: URL) -> Path | None:
+    """The file of a SQLite URL; None for PostgreSQL."""
+    return Path(url.database or "") if url.get_backend_name() == "sqlite" else None
+
+
+def make_engine(url: URL, *, foreign_keys: bool = True) -> AsyncEngine:
+    """An engine whose SQLite connections begin their transactions themselves.
+
+    Parameters never reach logs or errors: they hold what people write.
+    """
+    if sqlite_file(url) is None:
+        return create_async_engine(url, hide_parameters=True, pool_pre_ping=True)
+    engine = create_async_engine(url, hide_parameters=True, pool_size=SQLITE_CONNECTIONS, max_overflow=0)
+    pragmas = (
+        f"busy_timeout={SQLITE_BUSY_MS}",
+        "journal_mode=WAL",
+        "synchronous=NORMAL",
+        f"foreign_keys={'ON' if foreign_keys else 'OFF'}",
+    )
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def configure(connection: Any, record: Any) -> None:
+        # Without this the driver begins transactions by itself, deferred, and not at all before DDL.
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        for pragma in pragmas:
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def begin(connection: Connection) -> None:
+        # A deferred transaction that reads and then writes fails at once when another process wrote in between,
+        # whatever the busy timeout; an immediate one waits its turn.
+        writes = connection.get_execution_options().get(_WRITES, False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+def writer(engine: AsyncEngine) -> AsyncEngine:
+    """The same engine and pool, for transactions that write."""
+    return engine.execution_options(**{_WRITES: True})
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn what SQLAlchemy and the drivers raise into our errors; the original goes to the log."""
+    try:
+        yield
+    except (SQLAlchemyError, OSError) as error:
+        logger.error("The conversation store failed: %s", type(error).__name__, exc_info=error)
+        if _is_transient(error):
+            raise ProviderUnavailable("The conversation store cannot be reached now. Try again shortly.") from error
+        raise Internal.masked() from error
+
+
+def _is_transient(error: Exception) -> bool:
+    if isinstance(error, OSError | OperationalError | PoolTimeout):
+        return True
+    if not isinstance(error, DBAPIError):
+        return False
+    state = getattr(error.orig, "sqlstate", None) or ""
+    return error.connection_invalidated or state.startswith(_TRANSIENT_SQLSTATES)
+
+
+class Database:
+    """Transactions on one engine: reads run side by side, and SQLite has one writer per process at a time."""
+
+    def __init__(self, url: URL) -> None:
+        self.url = url
+        self._engine = make_engine(url)
+        self._writer = writer(self._engine)
+        self._turn: AbstractAsyncContextManager[Any] = asyncio.Lock() if sqlite_file(url) else nullcontext()
+
+    def __repr__(self) -> str:
+        return f"Database({self.url.render_as_string(hide_password=True)!r})"
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction that only reads: one snapshot of the database on SQLite."""
+        with translated():
+            async with self._engine.begin() as connection:
+                yield connection
+
+    @asynccontextmanager
+    async def write(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction that may write: kept whole when the block ends, dropped whole when it raises."""
+        with translated():
+            async with self._turn, self._writer.begin() as connection:
+                yield connection
+
+    async def close(self) -> None:
+        await self._engine.dispose()

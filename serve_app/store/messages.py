@@ -1,0 +1,165 @@
+"""Messages of a conversation, in the order in which they were stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sqlalchemy import Row, delete, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from serve_app.domain.conversation import MessageStatus, Sender, StoredMessage
+from serve_app.domain.errors import InvalidInput, NotFound
+from serve_app.store.conversations import touch
+from serve_app.store.engine import Database
+from serve_app.store.files import images_of, insert_images, orphans
+from serve_app.store.records import NewImage, message_of, new_id, utc_now
+from serve_app.store.tables import images, messages, stream_sessions
+
+
+async def insert_message(
+    connection: AsyncConnection,
+    conversation_id: str,
+    text: str,
+    sender: Sender,
+    *,
+    id: str | None = None,
+    model: str | None = None,
+    provider: str | None = None,
+    status: MessageStatus = MessageStatus.COMPLETE,
+    images: Sequence[NewImage] = (),
+) -> StoredMessage:
+    """Add a message at the end of a conversation that this transaction has touched; InvalidInput for a taken id."""
+    now = utc_now()
+    last = select(func.max(messages.c.seq)).where(messages.c.conversation_id == conversation_id)
+    row = {
+        "id": id or new_id(),
+        "conversation_id": conversation_id,
+        "text": text,
+        "sender": sender,
+        "timestamp": now,
+        "created_at": now,
+        "has_images": bool(images),
+        "seq": (await connection.scalar(last) or 0) + 1,
+        "status": status.value,
+        "model": model,
+        "provider": provider,
+    }
+    try:
+        stored = (await connection.execute(insert(messages).values(row).returning(messages))).one()
+    except IntegrityError as error:
+        raise InvalidInput("A message with this id already exists.") from error
+    return message_of(stored, await insert_images(connection, conversation_id, stored.id, images, now))
+
+
+class Messages:
+    """The part of the store that keeps messages."""
+
+    _db: Database
+
+    async def add_message(
+        self,
+        conversation_id: str,
+        text: str,
+        sender: Sender,
+        *,
+        id: str | None = None,
+        model: str | None = None,
+        provider: str | None = None,
+        status: MessageStatus = MessageStatus.COMPLETE,
+        images: Sequence[NewImage] = (),
+    ) -> StoredMessage:
+        """Add a message at the end of the conversation, which becomes the newest in activity.
+
+        Raises NotFound for an unknown conversation and InvalidInput for an id that is taken.
+        """
+        async with self._db.write() as connection:
+            await touch(connection, conversation_id, utc_now())
+            return await insert_message(
+                connection,
+                conversation_id,
+                text,
+                sender,
+                id=id,
+                model=model,
+                provider=provider,
+                status=status,
+                images=images,
+            )
+
+    async def get_message(self, id: str) -> StoredMessage:
+        """The message with its images; NotFound."""
+        async with self._db.read() as connection:
+            rows = list(await connection.execute(select(messages).where(messages.c.id == id)))
+            if not rows:
+                raise _unknown_message()
+            return (await _with_images(connection, rows))[0]
+
+    async def list_messages(
+        self,
+        conversation_id: str,
+        *,
+        limit: int | None = None,
+        after: str | None = None,
+        before: str | None = None,
+    ) -> list[StoredMessage]:
+        """Messages with their images, oldest first: all of them, or those after or before the message so named.
+
+        ``limit`` keeps the first ones, or with ``before`` the last ones (a page upwards). NotFound for a message
+        that is not in the conversation; an unknown conversation has no messages.
+        """
+        query = select(messages).where(messages.c.conversation_id == conversation_id)
+        async with self._db.read() as connection:
+            if after is not None:
+                query = query.where(messages.c.seq > await _seq(connection, conversation_id, after))
+            if before is not None:
+                query = query.where(messages.c.seq < await _seq(connection, conversation_id, before))
+            upwards = before is not None and after is None
+            query = query.order_by(messages.c.seq.desc() if upwards else messages.c.seq).limit(limit)
+            rows = list(await connection.execute(query))
+            return await _with_images(connection, reversed(rows) if upwards else rows)
+
+    async def last_messages(self, conversation_id: str, limit: int) -> list[StoredMessage]:
+        """The last ``limit`` messages with their images, oldest first: what a model is given as its context."""
+        query = select(messages).where(messages.c.conversation_id == conversation_id)
+        async with self._db.read() as connection:
+            rows = list(await connection.execute(query.order_by(messages.c.seq.desc()).limit(limit)))
+            return await _with_images(connection, reversed(rows))
+
+    async def delete_messages_after(self, conversation_id: str, message_id: str) -> tuple[int, list[str]]:
+        """Delete what follows a message, which stays itself; NotFound for one that is not in the conversation.
+
+        Returns how many messages went and the paths of the image files that nothing refers to any more.
+        """
+        async with self._db.write() as connection:
+            await touch(connection, conversation_id, utc_now())
+            seq = await _seq(connection, conversation_id, message_id)
+            later = (messages.c.conversation_id == conversation_id) & (messages.c.seq > seq)
+            ids = select(messages.c.id).where(later)
+            paths = set(await connection.scalars(select(images.c.file_path).where(images.c.message_id.in_(ids))))
+            await connection.execute(delete(images).where(images.c.message_id.in_(ids)))
+            await connection.execute(
+                update(stream_sessions).where(stream_sessions.c.message_id.in_(ids)).values(message_id=None)
+            )
+            deleted = (await connection.execute(delete(messages).where(later))).rowcount
+            return deleted, await orphans(connection, paths)
+
+
+async def _seq(connection: AsyncConnection, conversation_id: str, message_id: str) -> int:
+    query = select(messages.c.seq).where(messages.c.id == message_id, messages.c.conversation_id == conversation_id)
+    seq = await connection.scalar(query)
+    if seq is None:
+        raise _unknown_message()
+    return int(seq)
+
+
+async def _with_images(connection: AsyncConnection, rows: Iterable[Row[Any]]) -> list[StoredMessage]:
+    """The messages of ``rows`` with their images: one query for all that have some, none when none has."""
+    kept = list(rows)
+    found = await images_of(connection, [row.id for row in kept if row.has_images])
+    return [message_of(row, found.get(row.id, ())) for row in kept]
+
+
+def _unknown_message() -> NotFound:
+    return NotFound("This message does not exist in the conversation. It may have been deleted.")
