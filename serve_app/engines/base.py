@@ -6,12 +6,19 @@ in one asyncio event loop. It owns whatever threads it computes in; ``generate``
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from serve_app.domain.catalog import ModelInfo
 from serve_app.domain.generation import GenerationRequest, Item
+
+Progress = Callable[[str, float], None]
+"""Told about a load: the phase ("import", "weights", "warmup") and how much of it is done (0 to 1). Must not raise."""
+
+
+def no_progress(phase: str, fraction: float) -> None:
+    """For loads that nobody watches."""
 
 
 @dataclass(frozen=True, slots=True)

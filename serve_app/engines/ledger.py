@@ -1,0 +1,105 @@
+"""What engines of every kind share: their counters and their waiting line."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Generic, Literal, TypeVar
+
+from serve_app.domain.errors import QueueFull
+from serve_app.domain.generation import Priority
+from serve_app.engines.base import Counters
+
+Outcome = Literal["finished", "cancelled", "failed"]
+Place = Literal["waiting", "running"]
+T = TypeVar("T")
+
+
+class Ledger:
+    """Counters that add up at every moment: requests = waiting + running + finished + cancelled + failed.
+
+    Written by the event loop and by the thread that computes.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counters = Counters()
+
+    def __repr__(self) -> str:
+        return f"Ledger({self._counters})"
+
+    def snapshot(self) -> Counters:
+        return self._counters
+
+    def enter(self) -> None:
+        """A request came and waits (a refused one only to fail at once)."""
+        self._add(requests=1, waiting=1)
+
+    def start(self) -> None:
+        self._add(waiting=-1, running=1)
+
+    def leave(self, place: Place, outcome: Outcome) -> None:
+        self._add(**{place: -1, outcome: 1})
+
+    def count(self, prompt_tokens: int = 0, completion_tokens: int = 0, tokens_after_cancel: int = 0) -> None:
+        self._add(
+            prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, tokens_after_cancel=tokens_after_cancel
+        )
+
+    def _add(self, **changes: int) -> None:
+        with self._lock:
+            now = self._counters
+            self._counters = replace(now, **{name: getattr(now, name) + change for name, change in changes.items()})
+
+
+class Line(Generic[T]):
+    """Who waits: by priority, then by age; bounded. Not locked: one owner."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._heap: list[tuple[int, int, T]] = []
+        self._age = itertools.count()
+
+    def __repr__(self) -> str:
+        return f"Line({len(self._heap)} of {self._limit})"
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def __iter__(self) -> Iterator[T]:
+        return (item for _, _, item in sorted(self._heap, key=lambda entry: entry[:2]))
+
+    def check_room(self, free_slots: int, running: int) -> None:
+        """Refuse who would be one too many.
+
+        Raises:
+            QueueFull: ``details["retryAfterS"]`` is a guess: a second for each round of those ahead.
+        """
+        if len(self._heap) < self._limit + free_slots:
+            return
+        after = max(1, min(60, len(self._heap) // max(1, running)))
+        raise QueueFull(
+            f"{len(self._heap)} requests already wait for this model. Try again in {after} s.",
+            details={"retryAfterS": after, "waiting": len(self._heap)},
+        )
+
+    def push(self, item: T, priority: Priority) -> None:
+        heapq.heappush(self._heap, (int(priority), next(self._age), item))
+
+    def first(self) -> T | None:
+        return self._heap[0][2] if self._heap else None
+
+    def pop(self) -> T:
+        return heapq.heappop(self._heap)[2]
+
+    def remove(self, item: T) -> bool:
+        """Take somebody out; False when they were not there."""
+        for index, entry in enumerate(self._heap):
+            if entry[2] is item:
+                del self._heap[index]
+                heapq.heapify(self._heap)
+                return True
+        return False

@@ -1,0 +1,379 @@
+"""An engine whose every reply is known beforehand: exact times, exact text, faults on demand.
+
+It keeps the contract of :mod:`serve_app.engines.base` as the real engines do, needs no weights and no torch, and is
+what tests *and* benchmarks run: what they measure is the platform.
+
+**Text.** Token ``n`` of the reply is ``"word{n}"`` with a space between; or the words of ``text``, repeated as often
+as it takes; or, with ``echo``, the words of the last message. Token ids are 0, 1, 2, …. A token of the prompt is a
+word between blanks; images count 16 each.
+
+**Pace.** With its slot at ``t0``, token ``n`` is due at ``t0 + ttft + n · pace`` exactly: a late token does not delay
+those after it.
+
+Settings, in :attr:`EngineOptions.extra` or as a directive in the last message (which wins)::
+
+    [[tokens=50 ttft=0.1 pace=0.02 echo=true fail_at=10 error=GENERATION_FAILED hang_at=5]]
+
+===========  =========================================================  ========
+setting      meaning                                                    default
+===========  =========================================================  ========
+``tokens``   length of the reply; ``max_tokens`` cuts it (``length``)   16, or the words of ``text``
+``ttft``     seconds to the first token                                 0
+``pace``     seconds between tokens                                     0
+``echo``     reply with the last message, directives left out           false
+``fail_at``  fail after so many tokens; without it ``error`` refuses
+             the request before it is accepted                          none
+``error``    the code of the failure                                    GENERATION_FAILED
+``hang_at``  stop for ever after so many tokens                         none
+``text``     the reply (extra only)                                     none
+``load_s``   seconds that loading takes (extra only)                    0
+``load_error``  the code with which loading fails (extra only)          none
+``directives``  whether messages may hold directives (extra only)       true
+===========  =========================================================  ========
+
+An unknown setting, or a value that cannot be read, is refused: :class:`InvalidConfig` for extra,
+:class:`InvalidInput` for a directive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
+
+from serve_app.domain.catalog import Capability, ModelInfo
+from serve_app.domain.errors import (
+    CapabilityMissing,
+    InvalidConfig,
+    InvalidInput,
+    ProviderUnavailable,
+    RotundaError,
+    error_from_dict,
+)
+from serve_app.domain.generation import (
+    Accepted,
+    EngineTiming,
+    Finish,
+    FinishReason,
+    GenerationRequest,
+    Item,
+    Message,
+    Usage,
+)
+from serve_app.engines.base import Counters, EngineOptions, Progress, no_progress
+from serve_app.engines.context import Fitted, fit
+from serve_app.engines.ledger import Ledger, Line, Outcome, Place
+from serve_app.engines.text import Detokenizer, TextStream
+
+DEFAULT_TOKENS = 16
+TOKENS_PER_IMAGE = 16
+DIRECTIVE = re.compile(r"\[\[(.*?)\]\]", re.DOTALL)
+EXTRA_ONLY = ("text", "load_s", "load_error", "directives")
+
+
+class Clock(Protocol):
+    """Time in seconds, and calls at a time: the two methods of an asyncio loop that the engine uses."""
+
+    def time(self) -> float: ...
+
+    def call_at(self, when: float, callback: Callable[..., Any], *args: Any) -> asyncio.TimerHandle: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """The settings of one reply; see the module's table."""
+
+    tokens: int | None = None
+    ttft: float = 0.0
+    pace: float = 0.0
+    echo: bool = False
+    fail_at: int | None = None
+    error: str | None = None
+    hang_at: int | None = None
+    text: str | None = None
+    load_s: float = 0.0
+    load_error: str | None = None
+    directives: bool = True
+
+    def failure(self) -> RotundaError:
+        code = self.error or "GENERATION_FAILED"
+        return error_from_dict({"code": code, "message": "The script asked for this failure."})
+
+
+def read_setting(name: str, value: object) -> Any:
+    """A setting's value, of the right type.
+
+    Raises:
+        ValueError: no such setting, or not a value for it.
+    """
+    if name in ("tokens", "fail_at", "hang_at"):
+        return _at_least_zero(int(str(value)))
+    if name in ("ttft", "pace", "load_s"):
+        return _at_least_zero(float(str(value)))
+    if name in ("echo", "directives") and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    if name in ("error", "load_error") and error_from_dict({"code": value}).code == value:
+        return value
+    if name == "text":
+        return str(value)
+    raise ValueError(name)
+
+
+def _at_least_zero(number: Any) -> Any:
+    if not 0 <= number < float("inf"):
+        raise ValueError(number)
+    return number
+
+
+def read_extra(extra: tuple[tuple[str, object], ...]) -> Script:
+    """The engine's settings.
+
+    Raises:
+        InvalidConfig: an unknown one, or a value that cannot be read.
+    """
+    known = {field.name for field in fields(Script)}
+    values: dict[str, Any] = {}
+    for name, value in extra:
+        if name not in known:
+            raise InvalidConfig(f"The scripted engine has no setting {name!r}; it has {', '.join(sorted(known))}.")
+        try:
+            values[name] = read_setting(name, value)
+        except (ValueError, OverflowError) as fault:
+            raise InvalidConfig(f"{value!r} is no value for the scripted engine's {name}.") from fault
+    return Script(**values)
+
+
+def read_directives(script: Script, message: Message) -> Script:
+    """``script`` as the directives in the message change it.
+
+    Raises:
+        InvalidInput: a directive that cannot be read.
+    """
+    values: dict[str, Any] = {}
+    for inner in DIRECTIVE.findall(message.text) if script.directives else ():
+        for word in inner.split():
+            name, equals, value = word.partition("=")
+            try:
+                if not equals or name in EXTRA_ONLY:
+                    raise ValueError(word)
+                values[name] = read_setting(name, value)
+            except (ValueError, OverflowError) as fault:
+                raise InvalidInput(f"The directive {word!r} cannot be read.") from fault
+    return replace(script, **values)
+
+
+def reply_pieces(script: Script, message: Message) -> Callable[[int], str]:
+    """The text of token ``n``."""
+    words = re.findall(r"\S+\s*", _source(script, message))
+    if not words:
+        return lambda n: f" word{n}" if n else "word0"
+    seam = "" if words[-1][-1].isspace() else " "
+    return lambda n: (seam if n and n % len(words) == 0 else "") + words[n % len(words)]
+
+
+def reply_length(script: Script, message: Message) -> int:
+    if script.tokens is not None:
+        return script.tokens
+    return len(_source(script, message).split()) or DEFAULT_TOKENS
+
+
+def _source(script: Script, message: Message) -> str:
+    return (DIRECTIVE.sub("", message.text).strip() if script.echo else script.text) or ""
+
+
+def count_tokens(messages: tuple[Message, ...]) -> int:
+    return sum(len(message.text.split()) + TOKENS_PER_IMAGE * len(message.images) for message in messages)
+
+
+class _Run:
+    """One request on its way through the engine."""
+
+    def __init__(self, request: GenerationRequest, arrived: float) -> None:
+        self.request = request
+        self.arrived = arrived
+        self.place: Place = "waiting"
+        self.outcome: Outcome = "cancelled"  # until something else is known: a closed iterator says nothing
+        self.turn: asyncio.Future[None] | None = None
+
+
+class ScriptedEngine:
+    """See the module. ``clock`` is the running loop unless a test gives another."""
+
+    def __init__(self, info: ModelInfo, options: EngineOptions, clock: Clock | None = None) -> None:
+        self._info = info
+        self._options = options
+        self._script = read_extra(options.extra)
+        self._given_clock = clock
+        self._ledger = Ledger()
+        self._line: Line[_Run] = Line(options.max_queue)
+        self._waits: set[asyncio.Future[None]] = set()
+        self._closed = False
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._info
+
+    @property
+    def description(self) -> str:
+        return f"scripted: ttft {self._script.ttft:g} s, pace {self._script.pace:g} s, known replies"
+
+    def __repr__(self) -> str:
+        return f"ScriptedEngine({self._info.id!r}, {self._ledger.snapshot()})"
+
+    def counters(self) -> Counters:
+        return self._ledger.snapshot()
+
+    def check_health(self) -> None:
+        if self._closed:
+            raise _shutting_down()
+
+    async def close(self) -> None:
+        self._closed = True
+        for wait in list(self._waits):
+            if not wait.done():
+                wait.set_exception(_shutting_down())
+        await asyncio.sleep(0)  # let those who waited end before the caller goes on
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Item]:
+        """See :class:`serve_app.engines.base.Engine`."""
+        run = _Run(request, self._clock.time())
+        self._ledger.enter()
+        try:
+            self.check_health()
+            script = read_directives(self._script, request.messages[-1])
+            self._check(script, request)
+            fitted = self._fit(request)
+            yield Accepted(count_tokens(fitted.prompt), fitted.dropped)
+            await self._take_slot(run)
+            async with aclosing(self._reply(run, script, fitted)) as items:
+                async for item in items:
+                    yield item
+        except RotundaError:
+            run.outcome = "failed"
+            raise
+        finally:
+            self._leave(run)
+
+    @property
+    def _clock(self) -> Clock:
+        return self._given_clock or asyncio.get_running_loop()
+
+    def _check(self, script: Script, request: GenerationRequest) -> None:
+        if request.has_images and Capability.VISION not in self._info.capabilities:
+            raise CapabilityMissing("This model reads text only. Choose one with the capability vision.")
+        if script.error is not None and script.fail_at is None:
+            raise script.failure()
+        running = self._ledger.snapshot().running
+        self._line.check_room(max(0, self._options.max_concurrency - running), running)
+
+    def _fit(self, request: GenerationRequest) -> Fitted[tuple[Message, ...]]:
+        limits = [limit for limit in (self._info.context_length, self._options.context_length) if limit]
+        return fit(
+            request.messages,
+            render=lambda messages: messages,
+            length=count_tokens,
+            limit=min(limits, default=None),
+            max_tokens=request.options.max_tokens or self._options.max_tokens,
+            policy=request.context_policy,
+        )
+
+    async def _take_slot(self, run: _Run) -> None:
+        if self._ledger.snapshot().running < self._options.max_concurrency and not len(self._line):
+            self._start(run)
+            return
+        run.turn = asyncio.get_running_loop().create_future()
+        self._line.push(run, run.request.priority)
+        await self._wait(run.turn)
+
+    def _start(self, run: _Run) -> None:
+        run.place = "running"
+        self._ledger.start()
+
+    def _leave(self, run: _Run) -> None:
+        self._line.remove(run)
+        self._ledger.leave(run.place, run.outcome)
+        while len(self._line) and self._ledger.snapshot().running < self._options.max_concurrency:
+            following = self._line.pop()
+            if following.turn is not None and not following.turn.done():
+                self._start(following)
+                following.turn.set_result(None)
+
+    async def _reply(self, run: _Run, script: Script, fitted: Fitted[tuple[Message, ...]]) -> AsyncGenerator[Item]:
+        prompt_tokens = count_tokens(fitted.prompt)
+        self._ledger.count(prompt_tokens=prompt_tokens)
+        message = run.request.messages[-1]
+        piece, total = reply_pieces(script, message), reply_length(script, message)
+        stream = TextStream(Detokenizer(piece, lambda ids: "".join(map(piece, ids))), run.request.options.stop)
+        begun, done = self._clock.time(), 0
+        while done < min(total, fitted.max_tokens) and stream.matched is None:
+            await self._due(script, done, begun)
+            delta = stream.push(done)
+            done += 1
+            self._ledger.count(completion_tokens=1)
+            if delta is not None:
+                yield delta
+        await self._due(script, done, None)
+        if (rest := stream.finish()) is not None:
+            yield rest
+        run.outcome = "finished"
+        cut = stream.matched is None and total > fitted.max_tokens
+        reason = FinishReason.LENGTH if cut else FinishReason.STOP
+        yield Finish(reason, Usage(prompt_tokens, done), self._timing(run, script, begun), stream.matched)
+
+    async def _due(self, script: Script, done: int, begun: float | None) -> None:
+        """Wait until token ``done`` is due, or do what the script has for this place; without ``begun`` only that."""
+        if script.fail_at is not None and done >= script.fail_at:
+            raise script.failure()
+        if script.hang_at is not None and done >= script.hang_at:
+            await self._wait(asyncio.get_running_loop().create_future())
+        if begun is None:
+            return
+        wait: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        timer = self._clock.call_at(begun + script.ttft + done * script.pace, _release, wait)
+        try:
+            await self._wait(wait)
+        finally:
+            timer.cancel()
+
+    async def _wait(self, wait: asyncio.Future[None]) -> None:
+        """Wait for ``wait``, or until the engine closes."""
+        self.check_health()
+        self._waits.add(wait)
+        try:
+            await wait
+        finally:
+            self._waits.discard(wait)
+
+    def _timing(self, run: _Run, script: Script, begun: float) -> EngineTiming:
+        spent = self._clock.time() - begun
+        prefill = min(spent, script.ttft)
+        return EngineTiming(queue_s=begun - run.arrived, prefill_s=prefill, decode_s=spent - prefill)
+
+
+def _release(wait: asyncio.Future[None]) -> None:
+    if not wait.done():
+        wait.set_result(None)
+
+
+def _shutting_down() -> ProviderUnavailable:
+    return ProviderUnavailable("The replica is shutting down.")
+
+
+def create(info: ModelInfo, options: EngineOptions, on_progress: Progress = no_progress) -> ScriptedEngine:
+    """Load as the script says; blocks for ``load_s``.
+
+    Raises:
+        InvalidConfig: a setting is wrong.
+        RotundaError: the one that ``load_error`` names.
+    """
+    script = read_extra(options.extra)
+    on_progress("weights", 0.0)
+    time.sleep(script.load_s)
+    if script.load_error is not None:
+        raise error_from_dict({"code": script.load_error, "message": "The script asked for this failure."})
+    on_progress("weights", 1.0)
+    return ScriptedEngine(info, options)
