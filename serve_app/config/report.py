@@ -25,7 +25,8 @@ def reason(error: ErrorDetails) -> str:
     text = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     text = text.partition(", unable to parse")[0].partition(", got ")[0]
     text = text.replace("Input should be", "it must be").replace("an integer", "a whole number")
-    return text.replace("a valid integer", "a whole number").replace("a valid boolean", "true or false")
+    text = text.replace("a valid integer", "a whole number").replace("a valid boolean", "true or false")
+    return text.replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping")
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
