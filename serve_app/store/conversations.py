@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from serve_app.domain.conversation import Conversation
 from serve_app.domain.errors import InvalidInput, NotFound
-from serve_app.store.engine import Database
+from serve_app.store.engine import Database, whole
 from serve_app.store.files import orphans
 from serve_app.store.records import Cursor, conversation_of, utc_now
 from serve_app.store.tables import conversations, images, messages, password_attempts, stream_sessions
@@ -42,6 +42,7 @@ class Conversations:
 
     _db: Database
 
+    @whole
     async def create_conversation(
         self,
         id: str,
@@ -69,11 +70,13 @@ class Conversations:
                 raise InvalidInput("A conversation with this id already exists.") from error
             return await _get(connection, id)
 
+    @whole
     async def get_conversation(self, id: str) -> Conversation:
         """The conversation with its message count; NotFound."""
         async with self._db.read() as connection:
             return await _get(connection, id)
 
+    @whole
     async def list_conversations(
         self, limit: int = 100, before: Cursor | None = None, include_private: bool = False
     ) -> list[Conversation]:
@@ -86,12 +89,14 @@ class Conversations:
         async with self._db.read() as connection:
             return [conversation_of(row) for row in await connection.execute(query)]
 
+    @whole
     async def count_conversations(self, include_private: bool = False) -> int:
         """How many conversations :meth:`list_conversations` would list without a limit."""
         query = _visible(select(func.count()).select_from(conversations), include_private)
         async with self._db.read() as connection:
             return int(await connection.scalar(query) or 0)
 
+    @whole
     async def message_counts(self, ids: Collection[str]) -> dict[str, int]:
         """The number of messages of each conversation, 0 for one that has none or does not exist."""
         column = messages.c.conversation_id
@@ -100,10 +105,12 @@ class Conversations:
             found = {row.conversation_id: row.number for row in await connection.execute(query)}
         return {id: found.get(id, 0) for id in ids}
 
+    @whole
     async def set_password_hash(self, id: str, hash: str | None) -> None:
         """Make the conversation private, or public with None; NotFound. This is no activity."""
         await self._change(id, {"password_hash": hash, "is_private": hash is not None})
 
+    @whole
     async def update_conversation(
         self,
         id: str,
@@ -116,6 +123,7 @@ class Conversations:
         given = {"tab_name": tab_name, "llm_model": llm_model, "system_prompt": system_prompt}
         await self._change(id, {name: value for name, value in given.items() if value is not None})
 
+    @whole
     async def delete_conversation(self, id: str) -> list[str]:
         """Delete the conversation with its messages, images and sessions; NotFound.
 

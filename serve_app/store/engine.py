@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from sqlalchemy import Connection, event, make_url
 from sqlalchemy.engine import URL
@@ -35,6 +36,9 @@ _DRIVERS = {
 # operator intervention (shutdown), lock not available.
 _TRANSIENT_SQLSTATES = ("08", "40", "53", "57", "55P03")
 _WRITES = "rotunda_writes"
+
+_T = TypeVar("_T")
+_P = ParamSpec("_P")
 
 
 def parse_url(text: str) -> URL:
@@ -129,6 +133,7 @@ class Database:
         self._engine = make_engine(url)
         self._writer = writer(self._engine)
         self._turn: AbstractAsyncContextManager[Any] = asyncio.Lock() if sqlite_file(url) else nullcontext()
+        self._running: set[asyncio.Task[Any]] = set()
 
     def __repr__(self) -> str:
         return f"Database({self.url.render_as_string(hide_password=True)!r})"
@@ -147,5 +152,42 @@ class Database:
             async with self._turn, self._writer.begin() as connection:
                 yield connection
 
+    async def carry_out(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Await ``work``, which goes on to its end when the caller is cancelled: see :func:`whole`."""
+        task = asyncio.create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._forget)
+        return await asyncio.shield(task)
+
     async def close(self) -> None:
+        """Wait for the work that cancelled callers left behind, then close all connections."""
+        await asyncio.gather(*self._running, return_exceptions=True)
         await self._engine.dispose()
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        if not task.cancelled():
+            task.exception()  # logged where it was translated; nobody may be left to retrieve it
+
+
+class _HasDatabase(Protocol):
+    _db: Database
+
+
+_S = TypeVar("_S", bound=_HasDatabase)
+
+
+def whole(
+    method: Callable[Concatenate[_S, _P], Coroutine[Any, Any, _T]],
+) -> Callable[Concatenate[_S, _P], Coroutine[Any, Any, _T]]:
+    """Let a method of the store reach its end even when its caller is cancelled in the middle.
+
+    A client that goes away must not cut a transaction: a driver that is interrupted there gives up its connection,
+    and nobody could tell whether the commit took place.
+    """
+
+    @wraps(method)
+    async def call(self: _S, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        return await self._db.carry_out(method(self, *args, **kwargs))
+
+    return call

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from serve_app.domain.conversation import StoredImage
 from serve_app.domain.errors import NotFound
-from serve_app.store.engine import Database
+from serve_app.store.engine import Database, whole
 from serve_app.store.records import NewImage, image_of, new_id
 from serve_app.store.tables import images
 
@@ -80,6 +80,7 @@ class Images:
 
     _db: Database
 
+    @whole
     async def get_image(self, id: str) -> StoredImage:
         """The image; NotFound, also once it has expired."""
         async with self._db.read() as connection:
@@ -88,14 +89,17 @@ class Images:
             raise NotFound("This image does not exist. It may have been deleted, or its time is over.")
         return image_of(row)
 
+    @whole
     async def images_referencing(self, file_path: str) -> list[StoredImage]:
         """The live images that share this file."""
         return await self._live(images.c.file_path == file_path)
 
+    @whole
     async def expired_images(self, now: datetime) -> list[StoredImage]:
         """The live images whose time was over at ``now``."""
         return await self._live(images.c.expires_at <= now)
 
+    @whole
     async def expire_images(self, now: datetime) -> list[str]:
         """Take the images whose time was over at ``now`` out of their messages.
 

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from serve_app.domain.conversation import MessageStatus, Sender, StoredMessage
 from serve_app.domain.errors import InvalidInput, NotFound
 from serve_app.store.conversations import touch
-from serve_app.store.engine import Database
+from serve_app.store.engine import Database, whole
 from serve_app.store.files import images_of, insert_images, orphans
 from serve_app.store.records import NewImage, message_of, new_id, utc_now
 from serve_app.store.tables import images, messages, stream_sessions
@@ -58,6 +58,7 @@ class Messages:
 
     _db: Database
 
+    @whole
     async def add_message(
         self,
         conversation_id: str,
@@ -88,6 +89,7 @@ class Messages:
                 images=images,
             )
 
+    @whole
     async def get_message(self, id: str) -> StoredMessage:
         """The message with its images; NotFound."""
         async with self._db.read() as connection:
@@ -96,6 +98,7 @@ class Messages:
                 raise _unknown_message()
             return (await _with_images(connection, rows))[0]
 
+    @whole
     async def list_messages(
         self,
         conversation_id: str,
@@ -120,6 +123,7 @@ class Messages:
             rows = list(await connection.execute(query))
             return await _with_images(connection, reversed(rows) if upwards else rows)
 
+    @whole
     async def last_messages(self, conversation_id: str, limit: int) -> list[StoredMessage]:
         """The last ``limit`` messages with their images, oldest first: what a model is given as its context."""
         query = select(messages).where(messages.c.conversation_id == conversation_id)
@@ -127,6 +131,7 @@ class Messages:
             rows = list(await connection.execute(query.order_by(messages.c.seq.desc()).limit(limit)))
             return await _with_images(connection, reversed(rows))
 
+    @whole
     async def delete_messages_after(self, conversation_id: str, message_id: str) -> tuple[int, list[str]]:
         """Delete what follows a message, which stays itself; NotFound for one that is not in the conversation.
 

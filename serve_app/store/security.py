@@ -9,7 +9,7 @@ from sqlalchemy import delete, func, insert, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from serve_app.store.engine import Database
+from serve_app.store.engine import Database, whole
 from serve_app.store.records import utc_now
 from serve_app.store.tables import conversations, password_attempts, signing_keys
 
@@ -24,6 +24,7 @@ class Security:
 
     _db: Database
 
+    @whole
     async def signing_key(self) -> bytes:
         """The 32 random bytes that sign tokens; the first call of all replicas makes them."""
         query = select(signing_keys.c.key).where(signing_keys.c.name == _KEY_NAME)
@@ -37,16 +38,19 @@ class Security:
             await connection.execute(dialect.insert(signing_keys).values(row).on_conflict_do_nothing())
             return bytes((await connection.execute(query)).scalar_one())
 
+    @whole
     async def record_password_attempt(self, conversation_id: str, address: str, now: datetime) -> None:
         """Count one attempt at ``now`` and forget those of more than an hour before."""
         async with self._db.write() as connection:
             await _record(connection, conversation_id, address, now)
 
+    @whole
     async def count_password_attempts(self, conversation_id: str, address: str, since: datetime) -> int:
         """The attempts after ``since`` on one conversation from one address."""
         async with self._db.read() as connection:
             return await _count(connection, conversation_id, address, since)
 
+    @whole
     async def allow_password_attempt(
         self,
         conversation_id: str,
@@ -70,6 +74,13 @@ class Security:
                 return False
             await _record(connection, conversation_id, address, at)
             return True
+
+    async def forget_password_attempts(self, conversation_id: str, address: str) -> None:
+        """Clear the count: the right password was given from this address."""
+        attempts = password_attempts.c
+        mine = (attempts.conversation_id == conversation_id) & (attempts.address == address)
+        async with self._db.write() as connection:
+            await connection.execute(delete(password_attempts).where(mine))
 
 
 async def _count(connection: AsyncConnection, conversation_id: str, address: str, since: datetime) -> int:

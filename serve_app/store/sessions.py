@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import Row, func, insert, select, update
+from sqlalchemy import Column, Row, bindparam, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -13,7 +14,7 @@ from serve_app.domain.conversation import MessageStatus, SessionStatus, StreamSe
 from serve_app.domain.errors import ConversationBusy, InvalidInput, NotFound, ProviderUnavailable
 from serve_app.domain.generation import Timing, Usage
 from serve_app.store.conversations import touch
-from serve_app.store.engine import Database
+from serve_app.store.engine import Database, whole
 from serve_app.store.files import chunks
 from serve_app.store.messages import insert_message
 from serve_app.store.records import (
@@ -41,11 +42,30 @@ _SAVED_AS = {
 }
 
 
+def _unless_given(column: Column[Any]) -> Any:
+    return func.coalesce(bindparam(f"new_{column.name}", type_=column.type), column)
+
+
+# One statement for the progress of many sessions: the drivers then cross to the database once.
+_PROGRESS = (
+    update(stream_sessions)
+    .where(_session.id == bindparam("new_session_id"), _IS_ACTIVE)
+    .values(
+        updated_at=bindparam("at"),
+        partial_response=_unless_given(_session.partial_response),
+        token_count=_unless_given(_session.token_count),
+        model=_unless_given(_session.model),
+        provider=_unless_given(_session.provider),
+    )
+)
+
+
 class Sessions:
     """The part of the store that keeps stream sessions."""
 
     _db: Database
 
+    @whole
     async def begin_reply(
         self,
         new: NewSession,
@@ -64,17 +84,20 @@ class Sessions:
             message = await insert_message(connection, new.conversation_id, text, "user", id=message_id, images=images)
             return BegunReply(message, await _insert(connection, new))
 
+    @whole
     async def open_session(self, new: NewSession) -> StreamSession:
         """Open a session without a new message, to answer what is there. Raises as :meth:`begin_reply` does."""
         async with self._db.write() as connection:
             await _claim(connection, new.conversation_id)
             return await _insert(connection, new)
 
+    @whole
     async def get_session(self, id: str) -> StreamSession:
         """The session; NotFound."""
         async with self._db.read() as connection:
             return session_of(await _row(connection, id))
 
+    @whole
     async def list_sessions(
         self, conversation_id: str | None = None, status: SessionStatus | None = None, limit: int = 100
     ) -> list[StreamSession]:
@@ -88,6 +111,7 @@ class Sessions:
         async with self._db.read() as connection:
             return [session_of(row) for row in await connection.execute(query)]
 
+    @whole
     async def update_session(
         self,
         id: str,
@@ -100,20 +124,21 @@ class Sessions:
         """Record progress; False when the session has ended or does not exist, and then nothing changes."""
         return id in await self.save_progress([Progress(id, partial_response, token_count, model, provider)])
 
+    @whole
     async def save_progress(self, progress: Sequence[Progress]) -> set[str]:
         """Record the progress of many sessions in one transaction; returns the ids of those still active."""
         if not progress:
             return set()
         now = utc_now()
+        rows = [{"at": now} | {f"new_{name}": value for name, value in asdict(one).items()} for one in progress]
         async with self._db.write() as connection:
+            await connection.execute(_PROGRESS, rows)
             alive: set[str] = set()
-            for one in progress:
-                values = {"updated_at": now} | _progress_columns(one)
-                change = update(stream_sessions).where(_session.id == one.session_id, _IS_ACTIVE).values(values)
-                if (await connection.execute(change)).rowcount:
-                    alive.add(one.session_id)
+            for ids in chunks({one.session_id for one in progress}):
+                alive |= set(await connection.scalars(select(_session.id).where(_session.id.in_(ids), _IS_ACTIVE)))
             return alive
 
+    @whole
     async def finish_session(
         self,
         id: str,
@@ -158,6 +183,7 @@ class Sessions:
             await touch(connection, row.conversation_id, utc_now())
             return session_of(await _finish(connection, id, values, message_id))
 
+    @whole
     async def request_termination(self, id: str, reason: TerminationReason | str) -> bool:
         """Ask the session's owner to stop it; the first reason stays. False when it has ended already; NotFound."""
         now = utc_now()
@@ -172,6 +198,7 @@ class Sessions:
             await _row(connection, id)
             return False
 
+    @whole
     async def termination_requests(self, owner: str) -> dict[str, str]:
         """The reasons for which active sessions of ``owner`` should stop, by session id."""
         query = select(_session.id, _session.terminate_reason).where(
@@ -180,6 +207,7 @@ class Sessions:
         async with self._db.read() as connection:
             return {row.id: row.terminate_reason for row in await connection.execute(query)}
 
+    @whole
     async def renew_ownership(self, owner: str, ids: Collection[str], ttl_s: float = 5.0) -> set[str]:
         """Own the sessions for ``ttl_s`` more seconds by the database's clock.
 
@@ -195,12 +223,14 @@ class Sessions:
                 kept |= set(await connection.scalars(change.returning(_session.id)))
             return kept
 
+    @whole
     async def abandoned_sessions(self) -> list[StreamSession]:
         """The active sessions whose ownership has run out by the database's clock, oldest first."""
         query = select(stream_sessions).where(_IS_ACTIVE, _IS_EXPIRED).order_by(_session.started_at)
         async with self._db.read() as connection:
             return [session_of(row) for row in await connection.execute(query)]
 
+    @whole
     async def adopt_session(self, id: str, owner: str, ttl_s: float = 5.0) -> StreamSession | None:
         """Take over an abandoned session; None when somebody else did, or it is owned or has ended."""
         values = {"owner": owner, "owned_until_ms": _until(ttl_s)}
@@ -209,6 +239,7 @@ class Sessions:
             row = (await connection.execute(change.returning(stream_sessions))).one_or_none()
             return None if row is None else session_of(row)
 
+    @whole
     async def close_abandoned(self) -> list[StreamSession]:
         """End every abandoned session with its partial reply saved; returns those that this call ended.
 
@@ -324,9 +355,3 @@ async def _row(connection: AsyncConnection, id: str) -> Row[Any]:
 
 def _until(ttl_s: float) -> Any:
     return database_ms() + int(ttl_s * 1000)
-
-
-def _progress_columns(progress: Progress) -> dict[str, Any]:
-    names = ("partial_response", "token_count", "model", "provider")
-    given = {name: getattr(progress, name) for name in names}
-    return {name: value for name, value in given.items() if value is not None}

@@ -7,7 +7,7 @@ from sqlalchemy import text
 from serve_app.domain.errors import InvalidConfig
 from serve_app.store import migrate
 from serve_app.store.conversations import Conversations
-from serve_app.store.engine import Database, parse_url, sqlite_file
+from serve_app.store.engine import Database, parse_url, sqlite_file, whole
 from serve_app.store.files import Images
 from serve_app.store.messages import Messages
 from serve_app.store.security import Security
@@ -45,6 +45,7 @@ class Store(Conversations, Messages, Images, Sessions, Security):
             raise
         return cls(database)
 
+    @whole
     async def ping(self) -> None:
         """Ask the database for a sign of life."""
         async with self._db.read() as connection:

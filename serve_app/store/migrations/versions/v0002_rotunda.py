@@ -13,6 +13,8 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 
+from serve_app.domain.errors import InvalidConfig
+
 revision = "0002"
 down_revision = "0001"
 branch_labels = None
@@ -20,7 +22,8 @@ depends_on = None
 
 _TIME = sa.DateTime(timezone=True)
 _ACTIVE = sa.text("status = 'ACTIVE'")
-_CANONICAL = "____-__-__ __:__:__.______"
+# How SQLite keeps a point in time here, as a GLOB pattern.
+_CANONICAL = "0000-00-00 00:00:00.000000".replace("0", "[0-9]")
 _REQUIRED, _OPTIONAL = False, True
 
 # The columns of revision 0001: name, type, whether it may be empty.
@@ -209,19 +212,23 @@ def _respell(table: str, column: str) -> None:
     """Give SQLite's text times the one spelling that sorts: others use T, Z, offsets, or numbers."""
     bind = op.get_bind()
     found = bind.execute(
-        sa.text(f"SELECT DISTINCT {column} FROM {table} WHERE {column} IS NOT NULL AND {column} NOT LIKE :spelling"),
+        sa.text(f"SELECT DISTINCT {column} FROM {table} WHERE {column} IS NOT NULL AND {column} NOT GLOB :spelling"),
         {"spelling": _CANONICAL},
     )
-    changes = [{"old": old, "new": _utc(old).strftime("%Y-%m-%d %H:%M:%S.%f")} for (old,) in found]
+    try:
+        changes = [{"old": old, "new": _utc(old).strftime("%Y-%m-%d %H:%M:%S.%f")} for (old,) in found]
+    except (ValueError, OverflowError) as error:
+        raise InvalidConfig(f"{table}.{column} of the database holds something that is not a point in time.") from error
     if changes:
         bind.execute(sa.text(f"UPDATE {table} SET {column} = :new WHERE {column} = :old"), changes)
 
 
 def _utc(value: str | int | float) -> datetime:
     """A time as the chat service may have spelled it: ISO 8601 (UTC unless it says otherwise), or seconds or ms."""
-    if isinstance(value, int | float):
+    if isinstance(value, int | float) or value.strip().isdigit():
+        number = float(value)
         # Seconds since 1970 stay below 1e11 until the year 5138; milliseconds passed it in 1973.
-        return datetime.fromtimestamp(value / 1000 if value > 1e11 else value, UTC)
+        return datetime.fromtimestamp(number / 1000 if number > 1e11 else number, UTC)
     when = datetime.fromisoformat(value.strip())
     return when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)
 
