@@ -18,7 +18,6 @@ from typing import Any, Literal, Protocol
 from serve_app.domain.catalog import Capability
 from serve_app.domain.conversation import (
     Conversation,
-    MessageStatus,
     SessionStatus,
     StoredImage,
     StoredMessage,
@@ -52,7 +51,8 @@ from serve_app.domain.routing import Admission, Ask
 from serve_app.gateway import Completed, Gateway, Routed
 from serve_app.live import LiveStream
 from serve_app.store.images import ImageFiles
-from serve_app.store.store import NewImage, Store
+from serve_app.store.records import NewImage, NewSession, Progress
+from serve_app.store.store import Store
 from serve_app.telemetry.propagation import TraceContext, new_trace
 
 logger = logging.getLogger(__name__)
@@ -134,6 +134,15 @@ class LiveReply:
 
     def __repr__(self) -> str:
         return f"LiveReply({self.session.id!r}, model={self.model!r}, tokens={self.token_count}, {self.stream!r})"
+
+    @property
+    def progress(self) -> Progress:
+        return Progress(self.session.id, self.text, self.token_count, self.model, self.provider)
+
+    @property
+    def ending(self) -> bool:
+        """Whether the generation is over and the end is being recorded."""
+        return self._generation is not None and self._generation.done()
 
     @property
     def text(self) -> str:
@@ -233,18 +242,18 @@ class Sessions:
         ask = self._ask(new, request)
         admission = await self._gateway.admit(ask)
         first = admission.route.first
-        user_message, session = await self._store.begin_reply(
-            session_id=request.request_id,
+        opening = NewSession(
+            id=request.request_id,
             conversation_id=new.conversation.id,
-            text=new.text,
-            images=[upload.row for upload in new.uploads],
             model=first.name,
             provider=first.entry.provider,
             owner=self._owner,
-            ownership_s=self._limits.ownership_s,
+            ttl_s=self._limits.ownership_s,
             timeout_ms=int(self._limits.session_timeout_s * 1000),
             trace_id=new.trace.trace_id,
         )
+        images = [upload.row for upload in new.uploads]
+        user_message, session = await self._store.begin_reply(opening, text=new.text, images=images)
         reply = LiveReply(new, session, user_message, self._limits)
         self._live[session.id] = reply
         self._spawn(self._run(reply, ask, request, admission))
@@ -270,11 +279,16 @@ class Sessions:
             await reply.done.wait()
             return await self._store.get_session(session_id)
         await self._store.request_termination(session_id, reason.value)
-        async with asyncio.timeout(2 * self._limits.ownership_s):
-            while session.status is SessionStatus.ACTIVE:
-                await asyncio.sleep(self._limits.tick_s)
-                session = await self._store.get_session(session_id)
-        return session
+        return await self._ended_elsewhere(session_id)
+
+    async def _ended_elsewhere(self, session_id: str) -> StreamSession:
+        """The session as its owner, another ingress, ended it; as it is when the owner takes too long."""
+        deadline = asyncio.get_running_loop().time() + 2 * self._limits.ownership_s
+        while True:
+            session = await self._store.get_session(session_id)
+            if session.status is not SessionStatus.ACTIVE or asyncio.get_running_loop().time() > deadline:
+                return session
+            await asyncio.sleep(self._limits.tick_s)
 
     async def terminate_all(self, conversation_id: str, reason: TerminationReason) -> None:
         """End whatever runs for a conversation."""
@@ -292,7 +306,7 @@ class Sessions:
                 await self._obey_terminations()
                 if loop.time() - renewed >= self._limits.ownership_s / 5:
                     renewed = loop.time()
-                    await self._store.renew_ownership(self._owner, list(self._live), self._limits.ownership_s)
+                    await self._keep_ownership()
                 if loop.time() - swept >= self._limits.sweep_s:
                     swept = loop.time()
                     for session in await self._store.close_abandoned():
@@ -311,10 +325,27 @@ class Sessions:
     async def _obey_terminations(self) -> None:
         if not self._live:
             return
-        for session_id, reason in (await self._store.termination_requests(list(self._live))).items():
+        for session_id, reason in (await self._store.termination_requests(self._owner)).items():
             reply = self.find(session_id)
             if reply is not None:
                 reply.stop(TerminationReason(reason))
+
+    async def _keep_ownership(self) -> None:
+        """Renew, record how far the replies have come, and stop those that somebody else has closed or adopted."""
+        owned = list(self._live)
+        kept = await self._store.renew_ownership(self._owner, owned, self._limits.ownership_s)
+        replies = [self._live[session_id] for session_id in kept if session_id in self._live]
+        await self._store.save_progress(
+            [
+                Progress(reply.session.id, reply.text, reply.token_count, reply.model, reply.provider)
+                for reply in replies
+            ]
+        )
+        for session_id in set(owned) - kept:
+            reply = self.find(session_id)
+            if reply is not None and not reply.ending:
+                logger.warning("session %s is no longer ours: its generation stops", session_id)
+                reply.stop(TerminationReason.ERROR)
 
     async def _request(self, new: NewReply) -> GenerationRequest:
         """The model's view of the conversation: system prompt, history with its images, the new message."""
@@ -338,7 +369,7 @@ class Sessions:
         role = Role.USER if stored.sender == "user" else Role.ASSISTANT
         images = []
         for row in stored.images:
-            data = await asyncio.to_thread(self._files.read, row.file_path)
+            data = await self._files.read(row.file_path)
             images.append(Image(row.mime_type, data))
         return Message.of(role, stored.text, tuple(images))
 
@@ -451,17 +482,17 @@ class Sessions:
     async def _record(
         self, reply: LiveReply, completed: Completed | None, failure: RotundaError | None
     ) -> StreamSession:
-        status, message_status = SessionStatus.COMPLETED, MessageStatus.COMPLETE
+        status = SessionStatus.COMPLETED
         if failure is not None:
-            status, message_status = SessionStatus.ERROR, MessageStatus.ERROR
+            status = SessionStatus.ERROR
         elif reply.stop_reason is not None:
-            status, message_status = SessionStatus.TERMINATED, MessageStatus.TERMINATED
-        for attempt in range(FINISH_ATTEMPTS):
+            status = SessionStatus.TERMINATED
+        attempt = 0
+        while True:
             try:
                 return await self._store.finish_session(
                     reply.session.id,
                     status=status,
-                    message_status=message_status,
                     text=reply.text,
                     token_count=reply.token_count,
                     model=reply.model,
@@ -474,10 +505,10 @@ class Sessions:
                     error_message=failure.message if failure else None,
                 )
             except RotundaError as error:
-                if attempt + 1 == FINISH_ATTEMPTS or not error.retryable:
+                attempt += 1
+                if attempt == FINISH_ATTEMPTS or not error.retryable:
                     raise
-                await asyncio.sleep(0.2 * 2**attempt)
-        raise AssertionError("unreachable")
+                await asyncio.sleep(0.1 * 2**attempt)
 
     @staticmethod
     def _terminal(

@@ -22,6 +22,8 @@ class Report:
     node: str = ""
     engine: str | None = None
     reason: str | None = None
+    failure: dict[str, Any] | None = None
+    """The error that keeps a failed replica from answering, as ``RotundaError.to_dict`` gives it."""
     progress: float | None = None
     running: int = 0
     waiting: int = 0
@@ -128,6 +130,14 @@ class FleetView:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Why a model cannot be loaded: the error, and the revision of the files for which it holds."""
+
+    revision: str
+    error: dict[str, Any]
+
+
 @dataclass
 class Fleet:
     """The last report of every replica. One writer: the router."""
@@ -135,10 +145,17 @@ class Fleet:
     reports: dict[tuple[str, str], tuple[float, Report]] = field(default_factory=dict)
     starting: dict[str, float] = field(default_factory=dict)
     """Applications whose first replica was asked for, and when."""
+    failed: dict[str, Failed] = field(default_factory=dict)
+    """Applications whose model cannot be loaded, until its files change."""
 
-    def hear(self, report: Report, now: float) -> None:
+    def hear(self, report: Report, now: float, revision: str = "") -> None:
+        """Take a report; ``revision`` is that of the model's files right now."""
         self.reports[report.application, report.replica_id] = (now, report)
         self.starting.pop(report.application, None)
+        if report.failure is not None and not report.failure.get("retryable"):
+            self.failed[report.application] = Failed(revision, report.failure)
+        elif report.state in RESIDENT:
+            self.failed.pop(report.application, None)
 
     def expect(self, application: str, now: float) -> None:
         """A load was asked for: the model counts as loading until a replica speaks or a minute has passed."""
@@ -160,16 +177,29 @@ class Fleet:
             if name == application and now - at <= REPORT_TTL_S
         )
 
+    def failure_of(self, entry: Entry) -> dict[str, Any] | None:
+        """The error that a call to the model would end with, when that is known: its files are still the same."""
+        failed = self.failed.get(entry.application)
+        revision = entry.info.revision if entry.info else ""
+        return failed.error if failed is not None and failed.revision == revision else None
+
     def state_of(self, entry: Entry, now: float) -> tuple[ModelState, str | None]:
         """The model's state and, when there is one to give, the reason for it."""
         if entry.reason is not None:
             return ModelState.UNAVAILABLE, entry.reason
+        failure = self.failure_of(entry)
+        if failure is not None:
+            return ModelState.FAILED, str(failure["message"])
         reports = self.of(entry.application, now)
         for state in (ModelState.BUSY, ModelState.READY, ModelState.LOADING, ModelState.RETIRING, ModelState.FAILED):
             for report in reports:
                 if report.state is state:
                     return state, report.reason
         return (ModelState.LOADING if entry.application in self.starting else ModelState.COLD), None
+
+    def at(self, now: float) -> Moment:
+        """The fleet as it stands at ``now``, as routing wants it."""
+        return Moment(self, now)
 
     def view(
         self,
@@ -186,6 +216,20 @@ class Fleet:
             name = catalogue.name_of(entry)
             models.append(ModelStatus(entry, name, state, reports, entry.full_name in pinned, reason))
         return FleetView(tuple(models), providers, notes)
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A fleet at a fixed time."""
+
+    fleet: Fleet
+    now: float
+
+    def state_of(self, entry: Entry) -> tuple[ModelState, str | None]:
+        return self.fleet.state_of(entry, self.now)
+
+    def failure_of(self, entry: Entry) -> dict[str, Any] | None:
+        return self.fleet.failure_of(entry)
 
 
 def state_from_counters(running: int, waiting: int) -> ModelState:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from serve_app.domain.catalog import RESIDENT, Capability, Catalogue, Entry, ModelState
-from serve_app.domain.errors import CapabilityMissing, InvalidInput, ModelError, RotundaError, error_from_dict
+from serve_app.domain.errors import (
+    CapabilityMissing,
+    InvalidInput,
+    ModelError,
+    ProviderUnavailable,
+    RotundaError,
+    error_from_dict,
+)
 from serve_app.domain.generation import Priority
 
 
@@ -80,10 +88,17 @@ class Waiting:
 
 
 Admission = Granted | Waiting
-StateOf = Callable[[Entry], tuple[ModelState, str | None]]
 
 
-def choose(ask: Ask, catalogue: Catalogue, state_of: StateOf, default_model: str | None = None) -> Route:
+class FleetState(Protocol):
+    """What routing must know of the fleet at one moment."""
+
+    def state_of(self, entry: Entry) -> tuple[ModelState, str | None]: ...
+
+    def failure_of(self, entry: Entry) -> Mapping[str, Any] | None: ...
+
+
+def choose(ask: Ask, catalogue: Catalogue, fleet: FleetState, default_model: str | None = None) -> Route:
     """The route of ``ask``: its model, then its fallbacks, each checked before anything is called.
 
     Raises:
@@ -97,10 +112,10 @@ def choose(ask: Ask, catalogue: Catalogue, state_of: StateOf, default_model: str
     refusal: RotundaError | None = None
     for rank, name in enumerate(names):
         try:
-            candidates.append(_candidate(name, rank, ask, catalogue, state_of))
+            candidates.append(_candidate(name, rank, ask, catalogue, fleet))
         except RotundaError as error:
             refusal = refusal or error
-            if rank == 0 and not isinstance(error, ModelError):
+            if rank == 0 and not isinstance(error, ModelError | ProviderUnavailable):
                 raise
     if not candidates:
         assert refusal is not None
@@ -108,13 +123,16 @@ def choose(ask: Ask, catalogue: Catalogue, state_of: StateOf, default_model: str
     return Route(tuple(candidates))
 
 
-def _candidate(name: str, rank: int, ask: Ask, catalogue: Catalogue, state_of: StateOf) -> Candidate:
+def _candidate(name: str, rank: int, ask: Ask, catalogue: Catalogue, fleet: FleetState) -> Candidate:
     entry = catalogue.resolve(name)
     _check_usable(entry)
     _check_capabilities(entry, ask.needs, catalogue)
-    state, reason = state_of(entry)
-    if state in (ModelState.FAILED, ModelState.UNAVAILABLE) and rank > 0:
-        raise error_from_dict({"code": "MODEL_LOAD_FAILED", "message": reason, "provider": entry.provider})
+    failure = fleet.failure_of(entry)
+    if failure is not None:
+        raise error_from_dict({**failure, "provider": entry.provider})
+    state, reason = fleet.state_of(entry)
+    if state is ModelState.UNAVAILABLE:
+        raise ProviderUnavailable(f"{entry.id} is unavailable: {reason}", entry.provider)
     why = "the model that was asked for" if rank == 0 else f"fallback {rank}"
     return Candidate(entry, catalogue.name_of(entry), state, f"{why}, {state.value}")
 

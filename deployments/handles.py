@@ -1,0 +1,140 @@
+"""Ray's handles as the protocols that serve_app knows; errors and trace context cross the border here.
+
+Errors of ours travel as data, never as pickled exceptions: the calling side always sees the class it knows, and a
+failure of Ray itself (a killed replica, a full queue) is told from a failure of the model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import ray
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from serve_app.domain.catalog import Entry
+from serve_app.domain.errors import (
+    DeadlineExceeded,
+    Internal,
+    MemoryExceeded,
+    ProviderUnavailable,
+    QueueFull,
+    RotundaError,
+    error_from_dict,
+)
+from serve_app.domain.fleet import FleetView
+from serve_app.domain.generation import GenerationRequest, Item
+from serve_app.domain.routing import Admission, Ask
+
+logger = logging.getLogger(__name__)
+
+ROUTER_TIMEOUT_S = 10.0
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error of ours, on its way between two processes."""
+
+    error: dict[str, Any]
+
+
+def answering(method: Callable[..., Awaitable[Value]]) -> Callable[..., Awaitable[Value | Failure]]:
+    """Make a replica's method answer its errors as :class:`Failure`; a fault is logged and masked."""
+
+    @functools.wraps(method)
+    async def answer(*args: Any, **kwargs: Any) -> Value | Failure:
+        try:
+            return await method(*args, **kwargs)
+        except RotundaError as error:
+            return Failure(error.to_dict())
+        except Exception:
+            logger.exception("%s failed", method.__qualname__)
+            return Failure(Internal.masked().to_dict())
+
+    return answer
+
+
+def translate(error: Exception, name: str, provider: str) -> RotundaError:
+    """What a failed call to ``name`` means for the one who called."""
+    if isinstance(error, RotundaError):
+        return error
+    if isinstance(error, BackPressureError):
+        return QueueFull(f"{name} has too many requests waiting. Try again soon.", provider, details={"retryAfterS": 1})
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return MemoryExceeded(f"{name} ran out of memory on its node.", provider)
+    if isinstance(error, DeploymentUnavailableError):
+        return ProviderUnavailable(f"{name} could not be started. Try again soon.", provider)
+    if isinstance(error, ray.exceptions.GetTimeoutError | TimeoutError):
+        return DeadlineExceeded.during("connect", ROUTER_TIMEOUT_S, provider)
+    if isinstance(error, ray.exceptions.RayActorError | ray.exceptions.RayError):
+        return ProviderUnavailable(f"The replica that served {name} went away. Try again.", provider)
+    return Internal.masked()
+
+
+class RouterHandle:
+    """The router deployment as :class:`serve_app.gateway.Router`."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+
+    async def admit(self, ask: Ask) -> Admission:
+        return await self._call("admit", ask)  # type: ignore[no-any-return]
+
+    async def cancel(self, ticket: str) -> None:
+        await self._call("cancel", ticket)
+
+    async def view(self) -> FleetView:
+        return await self._call("view")  # type: ignore[no-any-return]
+
+    async def command(self, action: str, model: str, **arguments: Any) -> dict[str, Any]:
+        return await self._call("command", action, model, arguments)  # type: ignore[no-any-return]
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        try:
+            async with asyncio.timeout(ROUTER_TIMEOUT_S):
+                answer = await getattr(self._handle, method).remote(*args)
+        except Exception as error:
+            logger.warning("the router did not answer %s: %r", method, error)
+            raise translate(error, "the router", "rotunda") from error
+        if isinstance(answer, Failure):
+            raise error_from_dict(answer.error)
+        return answer
+
+
+class ModelHandles:
+    """The models' deployments as :class:`serve_app.gateway.Backend`: one streaming handle for each in use."""
+
+    def __init__(self) -> None:
+        self._handles: dict[tuple[str, str], DeploymentHandle[Any]] = {}
+
+    async def stream(self, entry: Entry, request: GenerationRequest, epoch: int) -> AsyncGenerator[Item, None]:
+        """Yield the replica's items; closing the iterator cancels the call, and with it the generation."""
+        response = self._handle(entry).generate.remote(request, epoch)
+        try:
+            async for message in response:
+                if isinstance(message, Failure):
+                    raise error_from_dict(message.error)
+                for item in message:
+                    yield item
+        except (RotundaError, asyncio.CancelledError, GeneratorExit):
+            raise
+        except Exception as error:
+            self._handles.pop((entry.application, entry.deployment), None)
+            logger.warning("call to %s failed: %r (trace %s)", entry.application, error, dict(request.trace))
+            raise translate(error, entry.id, entry.provider) from error
+        finally:
+            response.cancel()
+
+    def _handle(self, entry: Entry) -> DeploymentHandle[Any]:
+        key = (entry.application, entry.deployment)
+        if key not in self._handles:
+            handle: DeploymentHandle[Any] = DeploymentHandle(entry.deployment, entry.application)
+            self._handles[key] = handle.options(stream=True)
+        return self._handles[key]

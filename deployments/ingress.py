@@ -1,0 +1,126 @@
+"""The ingress: the surfaces of ``serve_app.api`` in a Ray Serve replica. Stateless but for the streams that it owns."""
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from deployments.handles import ModelHandles, RouterHandle
+from serve_app.api.access import Access
+from serve_app.api.app import create_app
+from serve_app.api.services import Services
+from serve_app.config import GatewayArgs, Settings, load
+from serve_app.config.sources import PLATFORM
+from serve_app.domain.backoff import Backoff
+from serve_app.domain.errors import RotundaError
+from serve_app.gateway import Gateway, Limits
+from serve_app.sessions import SessionLimits, Sessions
+from serve_app.store import migrate
+from serve_app.store.images import ImageFiles
+from serve_app.store.passwords import Passwords
+from serve_app.store.store import Store
+from serve_app.telemetry.logs import set_up_logging
+
+logger = logging.getLogger(__name__)
+
+WANTED_ENVIRONMENT = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+"""Serve works without them, at a several times higher cost per token; they are read before Ray starts."""
+
+
+@serve.ingress()
+class Ingress:
+    """The composition root of one ingress replica.
+
+    Args:
+        args: the gateway application's arguments.
+        router: handle of the router.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, args: GatewayArgs, router: DeploymentHandle[Any]
+    ) -> None:
+        set_up_logging()
+        _warn_of_slow_modes()
+        settings = load(platform=args.platform_path() or PLATFORM, args=args.settings).settings
+        url = settings.database_url.get_secret_value()
+        if settings.database_auto_migrate or url.startswith("sqlite"):
+            await asyncio.to_thread(migrate.upgrade, url)
+        self._store = await Store.open(url)
+        files = ImageFiles(settings.image_storage_path)
+        gateway = Gateway(RouterHandle(router), ModelHandles(), _limits(settings))
+        owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        key = await self._store.signing_key()
+        access = Access(self._store, Passwords(), key, settings)
+        self._sessions = Sessions(self._store, gateway, files, access.image_url, _session_limits(settings), owner)
+        self._ticking = asyncio.get_running_loop().create_task(self._sessions.tick())
+        self._services = Services(
+            settings, self._store, gateway, self._sessions, files, access, _problems(self._store, gateway)
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self._services)
+
+    async def end_streams(self) -> None:
+        """End every running reply as terminated by the shutdown; Serve would otherwise wait for the open streams."""
+        await self._sessions.close()
+
+    def check_health(self) -> None:
+        """Serve replaces the ingress when it no longer keeps its sessions."""
+        if self._ticking.done():
+            raise RuntimeError("the sessions' loop has ended") from self._ticking.exception()
+
+    async def __del__(self) -> None:
+        await self._sessions.close()
+        self._ticking.cancel()
+        await self._store.close()
+
+
+def _warn_of_slow_modes() -> None:
+    missing = [f"{name}={value}" for name, value in WANTED_ENVIRONMENT.items() if os.environ.get(name) != value]
+    if missing:
+        logger.warning(
+            "Serve runs without %s: it works, but each token costs several times more. "
+            "Set them before Ray starts (make serve does).",
+            " and ".join(missing),
+        )
+
+
+def _limits(settings: Settings) -> Limits:
+    backoff = Backoff(1 + settings.rotation_retry_attempts, settings.rotation_retry_delay_ms / 1000)
+    return Limits(
+        load_s=settings.rotation_timeout_ms / 1000, total_s=settings.hf_model_timeout_ms / 1000, backoff=backoff
+    )
+
+
+def _session_limits(settings: Settings) -> SessionLimits:
+    return SessionLimits(
+        tick_s=settings.stream_tick_ms / 1000,
+        detach_grace_s=settings.detach_grace_ms / 1000,
+        session_timeout_s=settings.stream_session_timeout_ms / 1000,
+        max_sessions=settings.max_stream_sessions,
+        max_history=settings.max_history_messages,
+        chunk_tokens=settings.hf_stream_chunk_size,
+    )
+
+
+def _problems(store: Store, gateway: Gateway) -> Callable[[], Awaitable[list[str]]]:
+    async def problems() -> list[str]:
+        found: list[str] = []
+        try:
+            await store.ping()
+        except RotundaError as error:
+            found.append(error.message)
+        try:
+            found.extend((await gateway.router.view()).notes)
+        except RotundaError as error:
+            found.append(error.message)
+        return found
+
+    return problems

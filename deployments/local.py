@@ -1,0 +1,206 @@
+"""`make serve`: a Ray cluster of this machine alone, with everything in ``serve_config.yaml`` on it, in the foreground.
+
+Ray reads its environment when it is imported, in every process: the variables are set first. Ctrl-C and SIGTERM end the
+applications (running replies are saved as terminated), then the cluster; no process is left.
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from serve_app.config import GatewayArgs, Settings, check_exposure, load
+from serve_app.config.sources import DOTENV, PLATFORM
+from serve_app.domain.errors import InvalidConfig
+from serve_app.store import migrate
+
+logger = logging.getLogger("rotunda")
+
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "600",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": "20000",
+    "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": "29999",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "67108864",
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+}
+"""What Ray and Serve are told; a value that is set already wins."""
+
+START_TIMEOUT_S = 180.0
+
+
+def main() -> int:
+    """Run until Ctrl-C; the exit code is 0 after a clean end, 2 for a wrong configuration, 1 when Serve fails."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    arguments = _parser().parse_args()
+    stop = threading.Event()
+    _catch_signals(stop)
+    try:
+        config = _read(arguments.config)
+        settings = _settings(config)
+    except InvalidConfig as error:
+        logger.error("%s", error)
+        return 2
+    _set_environment()
+    return _run(config, settings, arguments, stop)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m deployments.local", description=__doc__)
+    parser.add_argument("config", type=Path, help="the file that `serve deploy` would take")
+    parser.add_argument("--dashboard-port", type=int, default=8265, help="of Ray's dashboard (default %(default)s)")
+    parser.add_argument("--num-cpus", type=int, default=None, help="CPUs that Ray offers (default: all)")
+    return parser
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InvalidConfig(f"{path} cannot be read: {error}") from None
+    if not isinstance(config, dict) or not config.get("applications"):
+        raise InvalidConfig(f"{path} declares no applications.")
+    return config
+
+
+def _settings(config: dict[str, Any]) -> Settings:
+    """The gateway's settings, judged before anything starts; SQLite is migrated here, so that a failure shows here."""
+    args = next((app.get("args") for app in config["applications"] if app.get("name") == "gateway"), None)
+    args = GatewayArgs.read(args, "gateway")
+    loaded = load(dotenv=DOTENV, platform=args.platform_path() or PLATFORM, args=args.settings)
+    options = config.get("http_options") or {}
+    warnings = (*loaded.warnings, *check_exposure(options.get("host", "0.0.0.0"), loaded.settings))
+    for warning in warnings:
+        logger.warning("warning: %s", warning)
+    url = loaded.settings.database_url.get_secret_value()
+    if url.startswith("sqlite"):
+        migrate.upgrade(url)
+    return loaded.settings
+
+
+def _set_environment() -> None:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_SERVE_HAPROXY_MAXCONN", str(_most_connections()))
+    home = str(Path.cwd())
+    os.environ.setdefault("ROTUNDA_HOME", home)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
+
+
+def _most_connections() -> int:
+    """HAProxy takes 2.5 file descriptors for each connection, and does not start when it may not have them."""
+    _, descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 20_000 if descriptors == resource.RLIM_INFINITY else min(20_000, int((descriptors - 500) / 2.5))
+
+
+def _run(config: dict[str, Any], settings: Settings, arguments: argparse.Namespace, stop: threading.Event) -> int:
+    import ray
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+    started = time.monotonic()
+    logger.info("Starting Ray …")
+    context = ray.init(
+        num_cpus=arguments.num_cpus,
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        dashboard_port=arguments.dashboard_port,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        object_store_memory=256 * 2**20,
+    )
+    _catch_signals(stop)  # ray.init put its own handler in place
+    try:
+        client = ServeSubmissionClient(f"http://{context.dashboard_url}")
+        client.deploy_applications(config)
+        logger.info("Starting Serve …")
+        problem = _wait_until_running(client, stop)
+        if problem is not None:
+            logger.error("%s", problem)
+            return 1
+        if not stop.is_set():
+            _greet(config, settings, time.monotonic() - started)
+        stop.wait()
+        logger.info("Stopping …")
+        _shut_down()
+        return 0
+    finally:
+        ray.shutdown()
+
+
+def _catch_signals(stop: threading.Event) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+
+
+def _wait_until_running(client: Any, stop: threading.Event) -> str | None:
+    """Return once every application runs, or say in plain words why one does not."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not stop.wait(0.25):
+        applications = dict(client.get_serve_details().get("applications") or {})
+        states = {name: app["status"] for name, app in applications.items()}
+        for name, app in applications.items():
+            if app["status"] in ("DEPLOY_FAILED", "UNHEALTHY"):
+                return f"{name} did not start: {app.get('message') or app['status']}"
+        if states and set(states.values()) == {"RUNNING"}:
+            return None
+        if time.monotonic() > deadline:
+            return f"Serve was not ready after {START_TIMEOUT_S:g} s: {states}"
+    return None
+
+
+def _shut_down() -> None:
+    """End the replies first (they are saved as terminated), then Serve: it would wait for open streams."""
+    from ray import serve
+
+    try:
+        asyncio.run(_end_streams())
+    except Exception as error:
+        logger.warning("running replies could not be ended: %r", error)
+    serve.shutdown()
+
+
+async def _end_streams() -> None:
+    # In throughput mode a handle works only inside an event loop.
+    from ray.serve.handle import DeploymentHandle
+
+    ingress: DeploymentHandle[Any] = DeploymentHandle("ingress", "gateway")
+    await ingress.broadcast("end_streams").results_async(timeout_s=5)
+
+
+def _greet(config: dict[str, Any], settings: Settings, seconds: float) -> None:
+    options = config.get("http_options") or {}
+    url = f"http://{options.get('host', '127.0.0.1')}:{options.get('port', 8000)}"
+    names = [app["args"]["model"] for app in config["applications"] if "model" in (app.get("args") or {})]
+    model = settings.default_model or next(iter(names), "MODEL")
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if settings.api_keys else ""
+    body = f'{{"model": "{model}", "message": "What is 17 + 25?"}}'
+    logger.info(
+        "\nRotunda is ready after %.0f s at %s\n\n"
+        "  curl -N %s/api/stream-message%s -H 'Content-Type: application/json' \\\n    -d '%s'\n\n"
+        "Ctrl-C ends it.",
+        seconds,
+        url,
+        url,
+        key,
+        body,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

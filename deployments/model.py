@@ -1,0 +1,244 @@
+"""One Hugging Face model as a Ray Serve application: an engine behind one streaming method.
+
+A model that cannot be loaded does not raise in its constructor (Serve would try three times and leave callers hanging):
+the replica comes up as *failed*, answers with the typed error, and asks to be retired.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import psutil
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+
+from deployments.handles import Failure
+from serve_app.config import ModelArgs, Settings, load
+from serve_app.domain.catalog import ModelInfo, ModelState
+from serve_app.domain.errors import Internal, ModelNotFound, ReplicaRetired, RotundaError
+from serve_app.domain.fleet import Report, state_from_counters
+from serve_app.domain.generation import Accepted, GenerationRequest, Item
+from serve_app.engines import registry
+from serve_app.engines.base import Counters, Engine, EngineOptions
+from serve_app.engines.discovery import discover
+from serve_app.telemetry.logs import set_up_logging
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 0.5
+ROUTER = ("router", "gateway")
+"""Deployment and application of the router; fixed, so that a model finds it without being told."""
+
+
+class ModelReplica:
+    """Loads one model and generates for many requests.
+
+    Args:
+        args: the application's arguments.
+    """
+
+    async def __init__(self, args: ModelArgs) -> None:  # type: ignore[misc]  # Serve awaits it
+        set_up_logging()
+        self._args = args
+        self._settings: Settings = load().settings
+        self._engine: Engine | None = None
+        self._failure: RotundaError | None = None
+        self._progress: float | None = None
+        self._retired = False
+        self._refused = 0
+        self._busy_s = 0.0
+        self._loaded_at: float | None = None
+        self._last_used = time.time()
+        self._router: DeploymentHandle[Any] = DeploymentHandle(*ROUTER)
+        context = serve.get_replica_context()
+        self._application, self._replica_id = context.app_name, str(context.replica_id.unique_id)
+        self._heartbeat = asyncio.get_running_loop().create_task(self._report_forever())
+        await self._load()
+
+    async def _load(self) -> None:
+        started = time.monotonic()
+        try:
+            self._engine = await asyncio.to_thread(self._create)
+        except RotundaError as error:
+            logger.error("%s cannot be loaded: %s", self._args.model, error)
+            self._failure = error
+        except Exception:
+            logger.exception("%s cannot be loaded", self._args.model)
+            self._failure = Internal.masked()
+        else:
+            self._loaded_at = time.time()
+            logger.info(
+                "%s loaded in %.1f s: %s", self._args.model, time.monotonic() - started, self._engine.description
+            )
+        await self._report()
+
+    def _create(self) -> Engine:
+        info = self._find()
+        options = EngineOptions(**self._args.engine_options())
+        return registry.create(self._args.engine, info, options, on_progress=self._on_progress)
+
+    def _find(self) -> ModelInfo:
+        """The model by its id; a user's string is never joined to a path."""
+        virtual = registry.describe(self._args.engine, self._args.model)
+        if virtual is not None:
+            return virtual
+        found = discover(self._settings.hf_model_path, self._settings.hf_default_task)
+        for info in found:
+            if info.id == self._args.model:
+                return info
+        raise ModelNotFound(f"{self._args.model} is not in the model store.", retryable=False)
+
+    def _on_progress(self, phase: str, fraction: float) -> None:
+        self._progress = fraction if phase == "weights" else self._progress
+
+    async def generate(self, request: GenerationRequest, epoch: int) -> AsyncIterator[list[Item] | Failure]:
+        """Yield what the engine yields, as lists of items; an error comes as a last :class:`Failure`."""
+        started = time.monotonic()
+        self._last_used = time.time()
+        try:
+            async with aclosing(self._serve(request)) as items:
+                async for item in items:
+                    yield [item]
+        except RotundaError as error:
+            yield Failure(error.to_dict())
+        except Exception:
+            logger.exception("request %s failed (trace %s)", request.request_id, dict(request.trace))
+            yield Failure(Internal.masked().to_dict())
+        finally:
+            self._busy_s += time.monotonic() - started
+            self._last_used = time.time()
+
+    async def _serve(self, request: GenerationRequest) -> Any:
+        if self._retired:
+            raise ReplicaRetired(f"{self._args.model} is leaving memory.")
+        if self._engine is None:
+            self._refused += 1
+            raise self._failure or ModelNotFound(f"{self._args.model} is not loaded.")
+        async with aclosing(self._engine.generate(request)) as items:  # type: ignore[type-var]
+            async for item in items:
+                if isinstance(item, Accepted):
+                    logger.debug("request %s accepted: %d prompt tokens", request.request_id, item.prompt_tokens)
+                yield item
+
+    async def warm(self) -> None:
+        """Return once the model is loaded; calling it is what wakes a model that has no replica."""
+        if self._failure is not None:
+            raise self._failure
+
+    async def retire(self) -> None:
+        """Leave: running streams end, then the process does."""
+        self._retired = True
+        await self._report()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """The two figures of ``deployments.autoscaling``; Serve calls this every ``metrics_interval_s``."""
+        leaving = self._retired or self._failure is not None
+        return {
+            "granted": 0.0 if leaving else float(self._args.max_replicas),
+            "floor": float(not self._idle_too_long()),
+        }
+
+    def check_health(self) -> None:
+        """Serve replaces the replica when the engine can no longer serve."""
+        if self._engine is not None:
+            self._engine.check_health()
+
+    async def __del__(self) -> None:
+        self._heartbeat.cancel()
+        if self._engine is not None:
+            await self._engine.close()
+        await self._tell("farewell", self._application, self._replica_id)
+
+    def _idle_too_long(self) -> bool:
+        counters = self._counters()
+        idle_s = 0.0 if counters.running or counters.waiting else time.time() - self._last_used
+        return self._args.idle_unload_s is not None and idle_s > self._args.idle_unload_s
+
+    def _counters(self) -> Counters:
+        return self._engine.counters() if self._engine is not None else Counters(requests=self._refused)
+
+    def _state(self, counters: Counters) -> ModelState:
+        if self._failure is not None:
+            return ModelState.FAILED
+        if self._engine is None:
+            return ModelState.LOADING
+        return ModelState.RETIRING if self._retired else state_from_counters(counters.running, counters.waiting)
+
+    async def _report_forever(self) -> None:
+        while True:
+            await self._report()
+            await asyncio.sleep(HEARTBEAT_S)
+
+    async def _report(self) -> None:
+        """Tell the router; a router that is away hears the next report."""
+        counters = self._counters()
+        report = Report(
+            application=self._application,
+            replica_id=self._replica_id,
+            state=self._state(counters),
+            pid=os.getpid(),
+            engine=self._engine.description if self._engine else None,
+            reason=self._failure.message if self._failure else None,
+            failure=self._failure.to_dict() if self._failure else None,
+            progress=self._progress,
+            running=counters.running,
+            waiting=counters.waiting,
+            requests=counters.requests,
+            failed=counters.failed,
+            cancelled=counters.cancelled,
+            completion_tokens=counters.completion_tokens,
+            tokens_after_cancel=counters.tokens_after_cancel,
+            busy_seconds=self._busy_s,
+            memory_bytes=await asyncio.to_thread(_resident_bytes),
+            loaded_at=self._loaded_at,
+            last_used_at=self._last_used,
+        )
+        await self._tell("heartbeat", report)
+
+    async def _tell(self, method: str, *args: Any) -> None:
+        try:
+            async with asyncio.timeout(5):
+                await getattr(self._router, method).remote(*args)
+        except Exception as error:
+            logger.debug("the router did not take a %s: %r", method, error)
+
+
+def _resident_bytes() -> int:
+    """Proportional set size of this process: pages shared with other processes count in part."""
+    return int(psutil.Process().memory_full_info().pss)
+
+
+def build(args: ModelArgs) -> Application:
+    """The application of one model, from the arguments in ``serve_config.yaml``."""
+    deployment = serve.deployment(
+        ModelReplica,
+        name="model",
+        ray_actor_options=_resources(args),
+        max_ongoing_requests=10_000,
+        graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,
+        graceful_shutdown_wait_loop_s=0.1,
+        health_check_period_s=5,
+        autoscaling_config={
+            "min_replicas": args.min_replicas,
+            "initial_replicas": args.initial_replicas,
+            "max_replicas": args.max_replicas,
+            "target_ongoing_requests": args.target_ongoing_requests,
+            "metrics_interval_s": 0.5,
+            "look_back_period_s": 1.0,
+            "upscale_delay_s": 0,
+            "downscale_delay_s": 0,
+            "downscale_to_zero_delay_s": 0,
+            "policy": {"policy_function": "deployments.autoscaling:scale"},
+        },
+    )
+    return deployment.bind(args)
+
+
+def _resources(args: ModelArgs) -> dict[str, Any]:
+    resources: dict[str, Any] = {"num_cpus": args.num_cpus, "num_gpus": args.num_gpus}
+    return resources | ({"memory": args.memory_bytes} if args.memory_bytes else {})

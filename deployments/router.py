@@ -1,0 +1,281 @@
+"""The router: one replica that knows every model, hears every replica, and says who may answer.
+
+It learns of declared models from Serve's REST API without waking them, and of the others from the model store; it
+deploys a discovered model on first use and takes it away when its files change or go.
+"""
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from ray import serve
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+from ray.serve import RunTarget
+from ray.serve.handle import DeploymentHandle
+
+from deployments import model as model_deployment
+from deployments.handles import answering, translate
+from serve_app.config import GatewayArgs, ModelArgs, load, read_models
+from serve_app.config.sources import PLATFORM
+from serve_app.domain.catalog import LOCAL_PROVIDER, Catalogue, Entry, ModelInfo, application_name
+from serve_app.domain.errors import InvalidConfig, InvalidInput, RotundaError
+from serve_app.domain.fleet import Fleet, FleetView, ProviderStatus, Report
+from serve_app.domain.routing import Admission, Ask, Granted, Lease, choose
+from serve_app.engines import registry
+from serve_app.engines.discovery import ModelStore
+from serve_app.telemetry.logs import set_up_logging
+
+logger = logging.getLogger(__name__)
+
+SCAN_S = 1.0
+POLL_S = 2.0
+LEASE_TTL_S = 2.0
+MODEL_DEPLOYMENT = "model"
+MODEL_BUILDER = "deployments.model:build"
+
+
+class Router:
+    """Holds the fleet's state: one writer, on one event loop.
+
+    Args:
+        args: the gateway application's arguments.
+    """
+
+    async def __init__(self, args: GatewayArgs) -> None:  # type: ignore[misc]  # Serve awaits it
+        set_up_logging()
+        loaded = load(platform=args.platform_path() or PLATFORM, args=args.settings)
+        self._settings, self._platform = loaded.settings, loaded.platform
+        self._store = ModelStore(self._settings.hf_model_path, self._settings.hf_default_task)
+        self._serve = ServeView(self._settings.ray_dashboard_address.get_secret_value())
+        self._fleet = Fleet()
+        self._found: dict[str, ModelInfo] = {}
+        self._deployed: dict[str, str] = {}
+        """Applications that this router has put up for discovered models, each with the revision of its files."""
+        self._deploying: dict[str, asyncio.Task[None]] = {}
+        self._catalogue = Catalogue()
+        self._epoch = time.time_ns()
+        self._scanned = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._watch_store()), loop.create_task(self._watch_serve())]
+
+    @answering
+    async def admit(self, ask: Ask) -> Admission:
+        """The route of a request, with a lease on its first model; a discovered model is deployed on the way."""
+        await self._scanned.wait()
+        now = time.time()
+        try:
+            route = choose(ask, self._catalogue, self._fleet.at(now), self._settings.default_model)
+        except RotundaError:
+            # The newest folder or application may be a moment away; a wrong name is worth one look.
+            await self._refresh()
+            route = choose(ask, self._catalogue, self._fleet.at(now), self._settings.default_model)
+        first = route.first
+        if not first.resident:
+            self._fleet.expect(first.entry.application, now)
+        for candidate in route.candidates:
+            await self._deploy(candidate.entry)
+        return Granted(route, Lease(first.entry.full_name, self._epoch, LEASE_TTL_S))
+
+    async def cancel(self, ticket: str) -> None:
+        """Forget a ticket. Every admission is granted at once as long as nothing rotates, so none is kept."""
+
+    async def heartbeat(self, report: Report) -> None:
+        """A replica says how it is."""
+        entry = next((entry for entry in self._catalogue.entries if entry.application == report.application), None)
+        self._fleet.hear(report, time.time(), entry.info.revision if entry and entry.info else "")
+
+    async def farewell(self, application: str, replica_id: str) -> None:
+        """A replica ends; one that is killed is missed after ``REPORT_TTL_S``."""
+        self._fleet.forget(application, replica_id)
+
+    @answering
+    async def view(self) -> FleetView:
+        """What there is and how it is."""
+        await self._scanned.wait()
+        pinned = frozenset(entry.full_name for entry in self._catalogue.entries if _stays(entry))
+        now = time.time()
+        self._fleet.prune(now)
+        return self._fleet.view(self._catalogue, now, pinned, self._providers(), self._serve.notes)
+
+    @answering
+    async def command(self, action: str, model: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """``load`` or ``unload`` a model by name."""
+        await self._scanned.wait()
+        entry = self._catalogue.resolve(model)
+        if action == "load":
+            choose(Ask("load", model, frozenset()), self._catalogue, self._fleet.at(time.time()))
+            await self._deploy(entry)
+            self._fleet.expect(entry.application, time.time())
+            self._wake(entry)
+        elif action == "unload":
+            await self._retire(entry)
+        else:
+            raise InvalidInput(f"There is no command {action!r}; the commands are load and unload.")
+        state, reason = self._fleet.state_of(entry, time.time())
+        return {"model": self._catalogue.name_of(entry), "state": state.value, "reason": reason}
+
+    def check_health(self) -> None:
+        """Serve replaces the router when one of its loops has ended."""
+        for task in self._tasks:
+            if task.done():
+                raise RuntimeError("a loop of the router has ended") from task.exception()
+
+    async def __del__(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    async def _watch_store(self) -> None:
+        while True:
+            await self._scan()
+            self._scanned.set()
+            await asyncio.sleep(SCAN_S)
+
+    async def _watch_serve(self) -> None:
+        while True:
+            await self._serve.poll()
+            self._rebuild()
+            await asyncio.sleep(POLL_S)
+
+    async def _refresh(self) -> None:
+        await asyncio.gather(self._scan(), self._serve.poll())
+        self._rebuild()
+
+    async def _scan(self) -> None:
+        infos = await asyncio.to_thread(self._store.scan, time.time())
+        self._found = {info.id: info for info in infos}
+        self._rebuild()
+        for application, revision in list(self._deployed.items()):
+            info = next((info for info in infos if application_name(info.id) == application), None)
+            if info is None or (info.revision != revision and not self._busy(application)):
+                self._deployed.pop(application)
+                logger.info("%s %s: its application goes", application, "changed" if info else "is gone")
+                await asyncio.to_thread(serve.delete, application, _blocking=False)
+
+    def _busy(self, application: str) -> bool:
+        return any(report.running or report.waiting for report in self._fleet.of(application, time.time()))
+
+    def _rebuild(self) -> None:
+        """The catalogue from what is declared and what was found; a declared model wins over its folder."""
+        declared = {args.model: (name, args) for name, args in self._serve.models.items()}
+        entries = [_declared_entry(name, args, self._found.get(args.model)) for name, args in declared.values()]
+        entries += [_found_entry(info) for info in self._found.values() if info.id not in declared]
+        aliases = dict(self._platform.aliases)
+        for _, args in declared.values():
+            aliases |= dict.fromkeys(args.aliases, args.model)
+        self._catalogue = Catalogue(entries, aliases)
+
+    def _providers(self) -> tuple[ProviderStatus, ...]:
+        usable = sum(1 for entry in self._catalogue.entries if entry.info is None or entry.info.usable)
+        return (ProviderStatus(LOCAL_PROVIDER, LOCAL_PROVIDER, "ok", usable),)
+
+    async def _deploy(self, entry: Entry) -> None:
+        """Put up the application of a discovered model unless it stands; concurrent callers share one deployment."""
+        if entry.declared or entry.application in self._deployed or entry.application in self._serve.running:
+            return
+        task = self._deploying.get(entry.application)
+        if task is None:
+            task = asyncio.get_running_loop().create_task(self._put_up(entry))
+            self._deploying[entry.application] = task
+            task.add_done_callback(lambda done: self._deploying.pop(entry.application, None))
+        await asyncio.shield(task)
+
+    async def _put_up(self, entry: Entry) -> None:
+        args = ModelArgs(model=entry.id).over(self._defaults().get(entry.id))
+        target = RunTarget(model_deployment.build(args), name=entry.application, route_prefix=None)
+        try:
+            await asyncio.to_thread(serve.run_many, [target], wait_for_applications_running=False)
+        except Exception as error:
+            logger.exception("%s could not be deployed", entry.id)
+            raise translate(error, entry.id, entry.provider) from error
+        self._deployed[entry.application] = entry.info.revision if entry.info else ""
+        logger.info("%s was deployed as %s", entry.id, entry.application)
+
+    def _defaults(self) -> dict[str, ModelArgs]:
+        try:
+            return read_models(self._settings.rotunda_home / "configs" / "models")
+        except InvalidConfig as error:
+            logger.error("the defaults of discovered models are ignored: %s", error)
+            return {}
+
+    def _wake(self, entry: Entry) -> None:
+        handle: DeploymentHandle[Any] = DeploymentHandle(entry.deployment, entry.application)
+        self._keep(asyncio.ensure_future(handle.warm.remote()))
+
+    async def _retire(self, entry: Entry) -> None:
+        handle: DeploymentHandle[Any] = DeploymentHandle(entry.deployment, entry.application)
+        await handle.broadcast("retire").results_async(timeout_s=5)
+
+    def _keep(self, future: asyncio.Future[Any]) -> None:
+        """Hold a reference to a call that nobody waits for, and log how it failed."""
+
+        def done(finished: asyncio.Future[Any]) -> None:
+            if not finished.cancelled() and finished.exception() is not None:
+                logger.warning("a load failed: %r", finished.exception())
+
+        future.add_done_callback(done)
+
+
+class ServeView:
+    """What Serve's REST API says of the applications: which models are declared, and what runs.
+
+    Args:
+        address: of Ray's dashboard.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._client: ServeSubmissionClient | None = None
+        self.models: dict[str, ModelArgs] = {}
+        self.running: frozenset[str] = frozenset()
+        self.notes: tuple[str, ...] = ("Serve's REST API was not asked yet.",)
+
+    async def poll(self) -> None:
+        """Ask once; what was known stays when there is no answer, and the notes say so."""
+        try:
+            details = await asyncio.to_thread(self._fetch)
+        except Exception as error:
+            self.notes = (f"Serve's REST API at {self._address} does not answer; the models are those last seen.",)
+            logger.warning("Serve's REST API does not answer: %r", error)
+            return
+        self.notes = ()
+        applications: dict[str, Any] = details.get("applications") or {}
+        self.running = frozenset(applications)
+        self.models = {name: args for name, app in applications.items() if (args := _model_args(name, app))}
+
+    def _fetch(self) -> dict[str, Any]:
+        if self._client is None:
+            self._client = ServeSubmissionClient(self._address)
+        return dict(self._client.get_serve_details())
+
+
+def _model_args(name: str, application: dict[str, Any]) -> ModelArgs | None:
+    """The arguments of a declared model application; None for every other one."""
+    config = application.get("deployed_app_config") or {}
+    if config.get("import_path") != MODEL_BUILDER or application.get("status") == "DELETING":
+        return None
+    try:
+        args = ModelArgs.read(config.get("args"), name)
+    except InvalidConfig as error:
+        logger.warning("%s", error)
+        return None
+    overrides = [item for item in config.get("deployments") or () if item.get("name") == MODEL_DEPLOYMENT]
+    scaling = (overrides[0].get("autoscaling_config") or {}) if overrides else {}
+    known = {key: scaling[key] for key in ("min_replicas", "max_replicas") if scaling.get(key) is not None}
+    return args.model_copy(update=known)
+
+
+def _declared_entry(application: str, args: ModelArgs, found: ModelInfo | None) -> Entry:
+    info = registry.describe(args.engine, args.model) or found
+    missing = None if info else f"its folder is not in the model store ({args.model})"
+    info = info or ModelInfo(args.model, "", problem=missing, problem_code="MODEL_NOT_FOUND")
+    spec = args.model_dump(mode="json", exclude_unset=True)
+    return Entry(args.model, LOCAL_PROVIDER, application, MODEL_DEPLOYMENT, info, declared=True, spec=spec)
+
+
+def _found_entry(info: ModelInfo) -> Entry:
+    return Entry(info.id, LOCAL_PROVIDER, application_name(info.id), MODEL_DEPLOYMENT, info)
+
+
+def _stays(entry: Entry) -> bool:
+    return bool(entry.spec) and ModelArgs.model_validate(dict(entry.spec)).stays
