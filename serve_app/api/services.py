@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from serve_app.api.access import Access
 from serve_app.config import Settings
 from serve_app.gateway import Gateway
 from serve_app.sessions import Sessions
@@ -22,6 +23,9 @@ class Services:
     gateway: Gateway
     sessions: Sessions
     files: ImageFiles
-    passwords: Passwords
-    signing_key: bytes
+    access: Access
     problems: Callable[[], Awaitable[list[str]]]
+
+    @property
+    def passwords(self) -> Passwords:
+        return self.access.passwords
