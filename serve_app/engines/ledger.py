@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Generic, Literal, TypeVar
 
-from serve_app.domain.errors import QueueFull
+from serve_app.domain.errors import ProviderUnavailable, QueueFull
 from serve_app.domain.generation import Priority
-from serve_app.engines.base import Counters
+from serve_app.engines.base import Counters, EngineOptions
 
 Outcome = Literal["finished", "cancelled", "failed"]
 Place = Literal["waiting", "running"]
@@ -55,36 +55,42 @@ class Ledger:
             self._counters = replace(now, **{name: getattr(now, name) + change for name, change in changes.items()})
 
 
-class Line(Generic[T]):
-    """Who waits: by priority, then by age; bounded. Not locked: one owner."""
+def shutting_down() -> ProviderUnavailable:
+    """What requests end with when their engine closes."""
+    return ProviderUnavailable("The replica is shutting down.")
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+
+def check_room(counters: Counters, options: EngineOptions) -> None:
+    """Refuse the newest of ``counters.waiting`` when it is one too many.
+
+    Raises:
+        QueueFull: ``details["retryAfterS"]`` is a guess: a second for each round of those ahead.
+    """
+    ahead = counters.waiting - 1
+    if ahead + counters.running < options.max_concurrency + options.max_queue:
+        return
+    after = max(1, min(60, ahead // max(1, options.max_concurrency)))
+    raise QueueFull(
+        f"{ahead} requests already wait for this model. Try again in {after} s.",
+        details={"retryAfterS": after, "waiting": ahead},
+    )
+
+
+class Line(Generic[T]):
+    """Who waits: by priority, then by age. Not locked: one owner."""
+
+    def __init__(self) -> None:
         self._heap: list[tuple[int, int, T]] = []
         self._age = itertools.count()
 
     def __repr__(self) -> str:
-        return f"Line({len(self._heap)} of {self._limit})"
+        return f"Line({len(self._heap)})"
 
     def __len__(self) -> int:
         return len(self._heap)
 
     def __iter__(self) -> Iterator[T]:
         return (item for _, _, item in sorted(self._heap, key=lambda entry: entry[:2]))
-
-    def check_room(self, free_slots: int, running: int) -> None:
-        """Refuse who would be one too many.
-
-        Raises:
-            QueueFull: ``details["retryAfterS"]`` is a guess: a second for each round of those ahead.
-        """
-        if len(self._heap) < self._limit + free_slots:
-            return
-        after = max(1, min(60, len(self._heap) // max(1, running)))
-        raise QueueFull(
-            f"{len(self._heap)} requests already wait for this model. Try again in {after} s.",
-            details={"retryAfterS": after, "waiting": len(self._heap)},
-        )
 
     def push(self, item: T, priority: Priority) -> None:
         heapq.heappush(self._heap, (int(priority), next(self._age), item))

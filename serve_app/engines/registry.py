@@ -18,6 +18,9 @@ ENGINES = {
 }
 """Each name's module; its ``create(info, options, on_progress)`` makes the engine. ``auto``: what suits the model."""
 
+WITHOUT_FILES = frozenset({"scripted"})
+"""Engines whose models are not folders of the store: ``describe(model_id)`` of their module says what they can do."""
+
 
 def create(name: str, info: ModelInfo, options: EngineOptions, on_progress: Progress = no_progress) -> Engine:
     """Make an engine and load its model. Blocks, maybe for minutes: call it in a thread.
@@ -30,3 +33,8 @@ def create(name: str, info: ModelInfo, options: EngineOptions, on_progress: Prog
         raise InvalidConfig(f"There is no engine {name!r}; there are {', '.join(sorted(ENGINES))}.")
     factory: Factory = importlib.import_module(ENGINES[name]).create
     return factory(info, options, on_progress)
+
+
+def describe(name: str, model_id: str) -> ModelInfo | None:
+    """The model of an engine that needs no files; None for the engines whose models are folders of the store."""
+    return importlib.import_module(ENGINES[name]).describe(model_id) if name in WITHOUT_FILES else None

@@ -50,7 +50,6 @@ from serve_app.domain.errors import (
     CapabilityMissing,
     InvalidConfig,
     InvalidInput,
-    ProviderUnavailable,
     RotundaError,
     error_from_dict,
 )
@@ -66,7 +65,7 @@ from serve_app.domain.generation import (
 )
 from serve_app.engines.base import Counters, EngineOptions, Progress, no_progress
 from serve_app.engines.context import Fitted, fit
-from serve_app.engines.ledger import Ledger, Line, Outcome, Place
+from serve_app.engines.ledger import Ledger, Line, Outcome, Place, check_room, shutting_down
 from serve_app.engines.text import Detokenizer, TextStream
 
 DEFAULT_TOKENS = 16
@@ -209,7 +208,7 @@ class ScriptedEngine:
         self._script = read_extra(options.extra)
         self._given_clock = clock
         self._ledger = Ledger()
-        self._line: Line[_Run] = Line(options.max_queue)
+        self._line: Line[_Run] = Line()
         self._waits: set[asyncio.Future[None]] = set()
         self._closed = False
 
@@ -229,13 +228,13 @@ class ScriptedEngine:
 
     def check_health(self) -> None:
         if self._closed:
-            raise _shutting_down()
+            raise shutting_down()
 
     async def close(self) -> None:
         self._closed = True
         for wait in list(self._waits):
             if not wait.done():
-                wait.set_exception(_shutting_down())
+                wait.set_exception(shutting_down())
         await asyncio.sleep(0)  # let those who waited end before the caller goes on
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Item]:
@@ -267,8 +266,7 @@ class ScriptedEngine:
             raise CapabilityMissing("This model reads text only. Choose one with the capability vision.")
         if script.error is not None and script.fail_at is None:
             raise script.failure()
-        running = self._ledger.snapshot().running
-        self._line.check_room(max(0, self._options.max_concurrency - running), running)
+        check_room(self._ledger.snapshot(), self._options)
 
     def _fit(self, request: GenerationRequest) -> Fitted[tuple[Message, ...]]:
         limits = [limit for limit in (self._info.context_length, self._options.context_length) if limit]
@@ -357,10 +355,6 @@ class ScriptedEngine:
 def _release(wait: asyncio.Future[None]) -> None:
     if not wait.done():
         wait.set_result(None)
-
-
-def _shutting_down() -> ProviderUnavailable:
-    return ProviderUnavailable("The replica is shutting down.")
 
 
 def create(info: ModelInfo, options: EngineOptions, on_progress: Progress = no_progress) -> ScriptedEngine:

@@ -1,0 +1,167 @@
+"""Decoding with a transformers model: one forward pass for each request, cached keys and values.
+
+The steps are those of ``generate`` (``prepare_inputs_for_generation``, forward, update of the cache and masks), so that
+what works there works here; but one token at a time, with the sampling of each request, and free to stop anywhere.
+A canary at load compares the two; where they differ, the cache is given up: slower, and right.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from serve_app.domain.errors import InvalidInput, ModelLoadFailed
+from serve_app.domain.generation import Options
+from serve_app.engines.loading import Loaded
+from serve_app.engines.sampling import Sampler
+from serve_app.engines.worker import Job
+
+log = logging.getLogger(__name__)
+
+CANARY_TOKENS = 4
+
+
+class _State:
+    """What a request keeps between steps: the sampler and the arguments of the next forward pass."""
+
+    def __init__(self, sampler: Sampler, arguments: dict[str, Any]) -> None:
+        self.sampler = sampler
+        self.arguments = arguments
+
+
+class SoloDecoder:
+    """Implements :class:`serve_app.engines.worker.Decoder` for decoder-only and encoder-decoder models."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._model = loaded.model
+        self._config = loaded.model.config
+        self._device = loaded.model.device
+        self._vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
+        self._defaults = loaded.model.generation_config
+        self._ends = end_tokens(loaded, self._vocabulary)
+        takes = inspect.signature(loaded.model.forward).parameters
+        self._prefill_extra = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self.cached = True
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        return self._ends
+
+    def ends(self, token: int) -> bool:
+        return token in self._ends
+
+    def release(self, job: Job) -> None:
+        job.state = None
+
+    def start(self, job: Job) -> int:
+        """See :class:`Decoder`. Raises ``InvalidInput`` for ids that the model has no embedding for."""
+        ids = job.prompt.ids
+        if max(ids) >= self._vocabulary:
+            raise InvalidInput("The prompt holds a token that the model does not know.")
+        sampler = Sampler(job.request.options, self._defaults, tuple(self._ends), len(ids))
+        with torch.inference_mode():
+            tokens, arguments = self._first_arguments(ids, job.prompt.inputs)
+            logits, arguments = self._forward(tokens, arguments, first=True)
+            job.state = _State(sampler, arguments)
+            return sampler.pick(logits, ids)
+
+    def advance(self, jobs: Sequence[Job]) -> list[int | Exception]:
+        """See :class:`Decoder`; one forward pass for each job in turn."""
+        with torch.inference_mode():
+            return [self._next(job) for job in jobs]
+
+    def _next(self, job: Job) -> int | Exception:
+        try:
+            state: _State = job.state
+            so_far = job.tokens[-1:] if self.cached else self._decoder_ids(job)
+            tokens = torch.tensor([so_far], device=self._device)
+            logits, state.arguments = self._forward(tokens, state.arguments, first=not self.cached)
+            ids = (*job.prompt.ids, *job.tokens) if state.sampler.needs_ids else ()
+            return state.sampler.pick(logits, ids)
+        except Exception as fault:  # the border to the libraries: one job's fault is not the others'
+            return fault
+
+    def _decoder_ids(self, job: Job) -> list[int]:
+        begin = [self._start_token()] if self._config.is_encoder_decoder else list(job.prompt.ids)
+        return [*begin, *job.tokens]
+
+    def _first_arguments(self, ids: Sequence[int], inputs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+        tokens = torch.tensor([list(ids)], device=self._device)
+        arguments: dict[str, Any] = {"use_cache": self.cached, "attention_mask": torch.ones_like(tokens)}
+        for name, value in inputs.items():
+            arguments[name] = value.to(self._device)
+            if value.is_floating_point():
+                arguments[name] = arguments[name].to(self._model.dtype)
+        if self._config.is_encoder_decoder:
+            encoder = self._model.get_encoder()
+            arguments["encoder_outputs"] = encoder(tokens, attention_mask=arguments["attention_mask"], return_dict=True)
+            tokens = torch.tensor([[self._start_token()]], device=self._device)
+        return tokens, arguments
+
+    def _start_token(self) -> int:
+        token = self._defaults.decoder_start_token_id
+        return int(token if token is not None else self._config.decoder_start_token_id or 0)
+
+    def _forward(
+        self, tokens: torch.Tensor, arguments: dict[str, Any], first: bool
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The logits ``[vocabulary]`` of the last position, and the arguments of the next pass."""
+        prepared = self._model.prepare_inputs_for_generation(
+            tokens, is_first_iteration=first, next_sequence_length=None if first else 1, **arguments
+        )
+        outputs = self._model(**prepared, **(self._prefill_extra if first else {}), return_dict=True)
+        following = self._model._update_model_kwargs_for_generation(
+            outputs, arguments, is_encoder_decoder=self._config.is_encoder_decoder
+        )
+        return outputs.logits[0, -1], following
+
+    def check(self, ids: Sequence[int]) -> bool:
+        """Whether this loop agrees with ``generate`` for a few likeliest tokens; also warms the model up."""
+        prompt = torch.tensor([list(ids)], device=self._device)
+        settings = {"max_new_tokens": CANARY_TOKENS, "do_sample": False, "num_beams": 1, "pad_token_id": 0}
+        with torch.inference_mode():
+            whole = self._model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)[0].tolist()
+            expected: list[int] = whole[1:] if self._config.is_encoder_decoder else whole[len(ids) :]
+            return self._greedy(ids, len(expected)) == expected
+
+    def _greedy(self, ids: Sequence[int], count: int) -> list[int]:
+        sampler = Sampler(Options(temperature=0), self._defaults, tuple(self._ends), len(ids))
+        tokens, arguments = self._first_arguments(ids, {})
+        begin, found = tokens[0].tolist(), list[int]()
+        while len(found) < count:
+            logits, arguments = self._forward(tokens, arguments, first=not found or not self.cached)
+            found.append(sampler.pick(logits, (*ids, *found)))
+            tokens = torch.tensor([found[-1:] if self.cached else [*begin, *found]], device=self._device)
+        return found
+
+
+def end_tokens(loaded: Loaded, vocabulary: int) -> frozenset[int]:
+    """The tokens that end a reply: those of the generation config, and the tokenizer's.
+
+    The tokenizer's are added because many chat models name their end of turn only there. Whatever is no token of the
+    vocabulary (None, -1, a number beyond it) is left out.
+    """
+    said = loaded.model.generation_config.eos_token_id
+    listed = said if isinstance(said, (list, tuple)) else [said]
+    found = {token for token in (*listed, loaded.tokenizer.eos_token_id) if type(token) is int}
+    return frozenset(token for token in found if 0 <= token < vocabulary)
+
+
+def make(loaded: Loaded, canary: Sequence[int]) -> SoloDecoder:
+    """A decoder that has been tried.
+
+    Raises:
+        ModelLoadFailed: it differs from ``generate`` with and without a cache.
+    """
+    decoder = SoloDecoder(loaded)
+    if decoder.check(canary):
+        return decoder
+    log.warning("%s: the cached loop differs from generate; the cache is given up", loaded.info.id)
+    decoder.cached = False
+    if not decoder.check(canary):
+        raise ModelLoadFailed("The model computes wrong tokens with this version of transformers.")
+    return decoder

@@ -1,0 +1,217 @@
+"""From messages to the tokens that a model reads.
+
+A model with a chat template gets it. One without (a base model) gets :func:`plain_dialogue`, which is said in the
+engine's description:
+
+    <system text>
+
+    User: <text>
+    Assistant: <text>
+    User: <text>
+    Assistant:
+
+with ``"\\nUser:"`` as a further stop string.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from serve_app.domain.errors import CapabilityMissing, InvalidInput, PayloadTooLarge
+from serve_app.domain.generation import GenerationRequest, Image, Message, Role, Text
+from serve_app.engines.context import Messages, fit
+from serve_app.engines.images import check_count, open_image
+
+MAX_CHARACTERS = 8_000_000
+PLAIN_STOPS = ("\nUser:",)
+NAMES = {Role.USER: "User", Role.ASSISTANT: "Assistant"}
+BREAK = "\u200b"
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A prompt's ids, with what else the first forward pass takes (``pixel_values`` and the like)."""
+
+    ids: tuple[int, ...]
+    inputs: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the engine runs: ``max_tokens`` is clipped to the context, ``stops`` are the request's and the format's."""
+
+    ids: tuple[int, ...]
+    dropped: int
+    max_tokens: int
+    stops: tuple[str, ...]
+    inputs: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+
+class Prompter:
+    """Makes prompts for one model. Slow (templates, tokenizing, image scaling): never in an event loop.
+
+    Args:
+        tokenizer: of transformers.
+        processor: of a model that sees images, else None.
+        context_length: tokens of prompt and reply together; None without a limit.
+        max_tokens: of a request that does not say.
+    """
+
+    def __init__(self, tokenizer: Any, processor: Any | None, context_length: int | None, max_tokens: int) -> None:
+        self._tokenizer = tokenizer
+        self._processor = processor
+        self._context_length = context_length
+        self._max_tokens = max_tokens
+        side = processor if processor is not None else tokenizer
+        self.has_template = bool(getattr(side, "chat_template", None) or getattr(tokenizer, "chat_template", None))
+
+    def __repr__(self) -> str:
+        style = "chat template" if self.has_template else "plain dialogue"
+        return f"Prompter({style}, images={self._processor is not None}, context={self._context_length})"
+
+    def build(self, request: GenerationRequest) -> Prompt:
+        """The prompt of a request.
+
+        Raises:
+            CapabilityMissing: images for a model that reads text only.
+            ContextLengthExceeded: it does not fit, even without the turns that may go.
+            InvalidInput, PayloadTooLarge, UnsupportedMedia: by its content.
+            Exception: what template, tokenizer and processor raise; for :func:`serve_app.engines.faults.translate`.
+        """
+        self._check(request)
+        pictures: dict[int, Any] = {}
+
+        def picture(image: Image) -> Any:
+            if id(image) not in pictures:
+                pictures[id(image)] = open_image(image)
+            return pictures[id(image)]
+
+        fitted = fit(
+            request.messages,
+            render=lambda messages: self._render(messages, request.continue_final, picture),
+            length=lambda rendered: len(rendered.ids),
+            limit=self._context_length,
+            max_tokens=request.options.max_tokens or self._max_tokens,
+            policy=request.context_policy,
+        )
+        stops = request.options.stop if self.has_template else (*request.options.stop, *PLAIN_STOPS)
+        return Prompt(fitted.prompt.ids, fitted.dropped, fitted.max_tokens, stops, fitted.prompt.inputs)
+
+    def _check(self, request: GenerationRequest) -> None:
+        if request.has_images and self._processor is None:
+            raise CapabilityMissing("This model reads text only. Choose one with the capability vision.")
+        check_count(sum(len(message.images) for message in request.messages))
+        if sum(len(message.text) for message in request.messages) > MAX_CHARACTERS:
+            raise PayloadTooLarge(f"The conversation has more than {MAX_CHARACTERS} characters.")
+
+    def _render(self, messages: Messages, go_on: bool, picture: Callable[[Image], Any]) -> Rendered:
+        if not self.has_template:
+            return self._plain(messages, go_on, picture)
+        try:
+            return self._templated(messages, go_on, picture)
+        except Exception as fault:
+            # Many templates know no system role, or insist on user and assistant taking turns.
+            simpler = alternate(messages)
+            if type(fault).__name__ != "TemplateError" or simpler == messages:
+                raise
+            return self._templated(simpler, go_on, picture)
+
+    def _templated(self, messages: Messages, go_on: bool, picture: Callable[[Image], Any]) -> Rendered:
+        try:
+            return self._apply(messages, go_on, picture, sanitize_control_tokens=True)
+        except (ValueError, NotImplementedError):
+            # This tokenizer makes a control token even of plain text: break it up in what users wrote.
+            tokens = self._control_tokens()
+            safe = tuple(neutralised(message, tokens) for message in messages)
+            if safe == messages:
+                raise
+            return self._apply(safe, go_on, picture)
+
+    def _apply(self, messages: Messages, go_on: bool, picture: Callable[[Image], Any], **settings: Any) -> Rendered:
+        settings |= {"tokenize": True, "return_dict": True, "add_generation_prompt": not go_on}
+        settings["continue_final_message"] = go_on
+        if self._processor is None:
+            texts = [{"role": message.role.value, "content": message.text} for message in messages]
+            return _rendered(self._tokenizer.apply_chat_template(texts, **settings))
+        chat = [{"role": message.role.value, "content": _contents(message, picture)} for message in messages]
+        return _rendered(self._processor.apply_chat_template(chat, return_tensors="pt", **settings))
+
+    def _plain(self, messages: Messages, go_on: bool, picture: Callable[[Image], Any]) -> Rendered:
+        if self._processor is None:
+            text = plain_dialogue(messages, go_on)
+            return _rendered(self._tokenizer(text, split_special_tokens=True))
+        tokens = self._control_tokens()
+        safe = tuple(neutralised(message, tokens) for message in messages)
+        images = [picture(image) for message in messages for image in message.images]
+        text = plain_dialogue(safe, go_on, str(getattr(self._processor, "image_token", "<image>")))
+        return _rendered(self._processor(text=text, images=images or None, return_tensors="pt"))
+
+    def _control_tokens(self) -> tuple[str, ...]:
+        """Every added token that is not blank, so that none can be written by a user."""
+        added = (token.content for token in self._tokenizer.added_tokens_decoder.values())
+        return tuple(sorted({token for token in added if token.strip()}, key=len, reverse=True))
+
+
+def _contents(message: Message, picture: Callable[[Image], Any]) -> list[dict[str, Any]]:
+    return [
+        {"type": "text", "text": part.text} if isinstance(part, Text) else {"type": "image", "image": picture(part)}
+        for part in message.parts
+    ]
+
+
+def _rendered(encoded: Mapping[str, Any]) -> Rendered:
+    ids = encoded["input_ids"]
+    ids = ids[0].tolist() if hasattr(ids, "tolist") else ids
+    if not ids:
+        raise InvalidInput("The message is empty to the model's tokenizer.")
+    left_out = ("input_ids", "attention_mask")
+    inputs = {name: value for name, value in encoded.items() if name not in left_out and hasattr(value, "to")}
+    return Rendered(tuple(int(token) for token in ids), inputs)
+
+
+def alternate(messages: Messages) -> Messages:
+    """The same conversation for a strict template: the system text begins the first user message, and neighbours of
+    one role are one message."""
+    system = "\n\n".join(message.text for message in messages if message.role is Role.SYSTEM)
+    turns: list[Message] = []
+    for message in messages:
+        if message.role is Role.SYSTEM:
+            continue
+        if turns and turns[-1].role is message.role:
+            turns[-1] = Message(message.role, (*turns[-1].parts, Text("\n\n"), *message.parts))
+        else:
+            turns.append(message)
+    if turns and turns[0].role is Role.ASSISTANT:
+        turns.insert(0, Message(Role.USER, ()))
+    if turns and system:
+        turns[0] = Message(Role.USER, (Text(f"{system}\n\n"), *turns[0].parts))
+    return tuple(turns)
+
+
+def plain_dialogue(messages: Sequence[Message], go_on: bool, image_token: str = "") -> str:
+    """The text that a model without a chat template reads; see the module's docstring."""
+    system = "\n\n".join(message.text for message in messages if message.role is Role.SYSTEM)
+    lines = [
+        f"{NAMES[message.role]}: {image_token * len(message.images)}{message.text}"
+        for message in messages
+        if message.role is not Role.SYSTEM
+    ]
+    dialogue = "\n".join(lines if go_on else [*lines, "Assistant:"])
+    return f"{system}\n\n{dialogue}" if system else dialogue
+
+
+def neutralised(message: Message, tokens: Sequence[str]) -> Message:
+    """The message with a zero-width space in each of ``tokens`` that its text holds (longest first)."""
+    if not tokens:
+        return message
+    pattern = re.compile("|".join(map(re.escape, tokens)))
+    parts = (
+        Text(pattern.sub(lambda found: found[0][:1] + BREAK + found[0][1:], part.text))
+        if isinstance(part, Text)
+        else part
+        for part in message.parts
+    )
+    return Message(message.role, tuple(parts))

@@ -1,0 +1,220 @@
+"""The engine for Hugging Face models: transformers in a thread of its own.
+
+Options in :attr:`EngineOptions.extra`: ``use_gpu`` (false), ``kv_tokens`` (see :mod:`serve_app.engines.memory`),
+``prompt_timeout_s`` (30: templates and tokenizing), ``stall_s`` (600: the longest step that is not a hang).
+
+Usage: ``prompt_tokens`` are all ids that the model reads, placeholders of images included; ``completion_tokens`` are
+all that it made, the token that ended the reply included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from serve_app.domain.catalog import ModelInfo
+from serve_app.domain.errors import InvalidInput, ModelLoadFailed, ProviderUnavailable, RotundaError
+from serve_app.domain.generation import Accepted, Finish, GenerationRequest, Item
+from serve_app.engines.base import Counters, EngineOptions, Progress, no_progress
+from serve_app.engines.faults import translate
+from serve_app.engines.ledger import Ledger, check_room
+from serve_app.engines.memory import context_limit, extra, kv_tokens
+from serve_app.engines.prompt import Prompt, Prompter
+from serve_app.engines.text import Decode, Detokenizer, Step, TextStream, window_step
+from serve_app.engines.worker import Decoder, Job, Worker
+
+log = logging.getLogger(__name__)
+
+PROMPT_THREADS = 2
+CONTINUED_IDS = 8
+"""Ids of a continued text that its continuation is decoded after."""
+
+
+class TransformersEngine:
+    """Implements :class:`serve_app.engines.base.Engine`. Make it with :func:`create`."""
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        options: EngineOptions,
+        prompter: Prompter,
+        decoder: Decoder,
+        detokenizer: Callable[[Sequence[int]], Detokenizer],
+        description: str,
+    ) -> None:
+        self._info = info
+        self._options = options
+        self._prompter = prompter
+        self._detokenizer = detokenizer
+        self._description = description
+        self._prompt_timeout_s = float(extra(options, "prompt_timeout_s", 30.0))
+        self._stuck_prompts = 0
+        self._ledger = Ledger()
+        self._prompts = ThreadPoolExecutor(PROMPT_THREADS, thread_name_prefix="prompt")
+        stall_s = float(extra(options, "stall_s", 600.0))
+        self._worker = Worker(decoder, self._ledger, options.max_concurrency, kv_tokens(info, options), stall_s)
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._info
+
+    @property
+    def description(self) -> str:
+        return self._description
+
+    def __repr__(self) -> str:
+        return f"TransformersEngine({self._info.id!r}, {self._worker!r}, {self._ledger.snapshot()})"
+
+    def counters(self) -> Counters:
+        return self._ledger.snapshot()
+
+    def check_health(self) -> None:
+        self._worker.check_health()
+        if self._stuck_prompts >= PROMPT_THREADS:
+            raise ProviderUnavailable("The model's chat template hangs. Its replica will be replaced.")
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._worker.close)
+        self._prompts.shutdown(wait=False, cancel_futures=True)
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Item]:
+        """See :class:`serve_app.engines.base.Engine`."""
+        self._ledger.enter()
+        job = await self._enter(request, time.monotonic())
+        try:
+            yield Accepted(len(job.prompt.ids), job.prompt.dropped)
+            item: Any = None
+            while not isinstance(item, Finish):
+                item = await job.items.get()
+                if isinstance(item, RotundaError):
+                    raise item
+                yield item
+        finally:
+            self._worker.cancel(job)
+
+    async def _enter(self, request: GenerationRequest, arrived: float) -> Job:
+        """Make the prompt and put the request in the line; whoever fails here is counted as waiting until it does."""
+        try:
+            self.check_health()
+            check_room(self._ledger.snapshot(), self._options)
+            prompt = await self._prompt(request)
+            before = prompt.ids[-CONTINUED_IDS:] if request.continue_final else ()
+            stream = TextStream(self._detokenizer(before), prompt.stops)
+            job = Job(request, prompt, stream, asyncio.get_running_loop(), arrived)
+            self._worker.submit(job)
+        except BaseException as fault:
+            self._ledger.leave("waiting", "failed" if isinstance(fault, Exception) else "cancelled")
+            raise
+        return job
+
+    async def _prompt(self, request: GenerationRequest) -> Prompt:
+        task = self._prompts.submit(self._build, request)
+        making = asyncio.wrap_future(task)
+        making.add_done_callback(_retrieve)
+        done, _ = await asyncio.wait({making}, timeout=self._prompt_timeout_s)
+        if done:
+            return making.result()
+        if task.cancel():
+            raise ProviderUnavailable("The model has too many prompts to read. Try again.")
+        self._stuck_prompts += 1
+        making.add_done_callback(self._unstick)
+        raise InvalidInput("The prompt takes too long to make. Shorten the conversation.")
+
+    def _unstick(self, making: asyncio.Future[Prompt]) -> None:
+        self._stuck_prompts -= 1
+
+    def _build(self, request: GenerationRequest) -> Prompt:
+        try:
+            return self._prompter.build(request)
+        except Exception as fault:  # the border to templates, tokenizers and processors
+            if not isinstance(fault, RotundaError):
+                log.exception("the prompt of %s failed", request.request_id)
+            raise translate(fault, "prompt") from None
+
+
+def create(info: ModelInfo, options: EngineOptions, on_progress: Progress = no_progress) -> TransformersEngine:
+    """Load the model, try it, and start its thread. Blocks.
+
+    Raises:
+        ModelUnsafe, CapabilityMissing, ModelLoadFailed, MemoryExceeded: see :func:`serve_app.engines.loading.load`.
+    """
+    from serve_app.engines import decoding
+    from serve_app.engines.loading import load
+
+    loaded = load(info, options, on_progress)
+    info = loaded.info
+    prompter = Prompter(loaded.tokenizer, loaded.processor, context_limit(info, options), _max_tokens(loaded, options))
+    on_progress("warmup", 0.0)
+    try:
+        decoder = decoding.make(loaded, _canary(loaded.tokenizer, loaded.model))
+    except Exception as fault:  # the border to the libraries
+        log.exception("trying %s failed", info.id)
+        raise translate(fault, "load") from None
+    on_progress("warmup", 1.0)
+    parts = [
+        f"transformers on {loaded.device}",
+        loaded.dtype if loaded.dtype == info.dtype else f"{loaded.dtype} (the checkpoint has {info.dtype})",
+        f"{loaded.attention} attention",
+        "a pass per request" if decoder.cached else "no cache (the cached loop differs from generate)",
+        "chat template" if prompter.has_template else "no chat template: plain User/Assistant dialogue",
+    ]
+    return TransformersEngine(info, options, prompter, decoder, detokenizers(loaded.tokenizer), ", ".join(parts))
+
+
+def _max_tokens(loaded: Any, options: EngineOptions) -> int:
+    said = loaded.model.generation_config.max_new_tokens
+    return said if isinstance(said, int) and said > 0 else options.max_tokens
+
+
+def _canary(tokenizer: Any, model: Any) -> list[int]:
+    ids: list[int] = tokenizer("Hello, how are you?")["input_ids"]
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = [token for token in ids if token < vocabulary]
+    if not ids:
+        raise ModelLoadFailed("The model's tokenizer knows no words.")
+    return ids
+
+
+def _retrieve(making: asyncio.Future[Prompt]) -> None:
+    """Look at the outcome, so that asyncio does not complain when nobody waits for it any more."""
+    if not making.cancelled():
+        making.exception()
+
+
+def detokenizers(tokenizer: Any) -> Callable[[Sequence[int]], Detokenizer]:
+    """A maker of detokenizers: the fast tokenizer's own stream, or windows over ``decode`` for the others.
+
+    It takes the ids that go before the reply when that continues a text: a tokenizer that leaves out the blank before
+    a first word must not do so there.
+    """
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def make(before: Sequence[int] = ()) -> Detokenizer:
+        step = _stepper(tokenizer, decode)
+        for token in before:
+            step(token)
+        known = len(decode(before)) if before else 0
+        return Detokenizer(step, lambda ids: decode((*before, *ids))[known:])
+
+    return make
+
+
+def _stepper(tokenizer: Any, decode: Decode) -> Step:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return window_step(decode)
+    from tokenizers.decoders import DecodeStream
+
+    stream = DecodeStream(skip_special_tokens=True)
+
+    def step(token: int) -> str | None:
+        text: str | None = stream.step(backend, token)
+        return text
+
+    return step

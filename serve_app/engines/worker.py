@@ -1,0 +1,265 @@
+"""The thread in which a model computes: requests join and leave it between steps.
+
+It knows no torch. A :class:`Decoder` does the arithmetic: today one request after the other within a step
+(:mod:`serve_app.engines.decoding`), or all of them in one forward pass; the worker cannot tell.
+
+One turn of the loop: drop who was cancelled, prefill *one* newcomer and send its first token at once, then one decode
+step for all, sent as one hand-over to the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from serve_app.domain.errors import Internal, ProviderUnavailable, RotundaError
+from serve_app.domain.generation import EngineTiming, Finish, FinishReason, GenerationRequest, Item, Usage
+from serve_app.engines.faults import translate
+from serve_app.engines.ledger import Ledger, Line, shutting_down
+from serve_app.engines.prompt import Prompt
+from serve_app.engines.text import TextStream
+
+log = logging.getLogger(__name__)
+
+Outgoing = Item | RotundaError
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One request in the worker. ``state`` is the decoder's own. ``tokens`` are those of the reply."""
+
+    request: GenerationRequest
+    prompt: Prompt
+    stream: TextStream
+    loop: asyncio.AbstractEventLoop
+    arrived: float
+    items: asyncio.Queue[Outgoing] = field(default_factory=asyncio.Queue)
+    state: Any = None
+    tokens: list[int] = field(default_factory=list)
+    started: float = 0.0
+    first: float = 0.0
+    cancelled: bool = False
+
+    def __repr__(self) -> str:
+        return f"Job({self.request.request_id!r}, {len(self.prompt.ids)} + {len(self.tokens)} tokens)"
+
+    @property
+    def room(self) -> int:
+        """Tokens that it may come to hold."""
+        return len(self.prompt.ids) + self.prompt.max_tokens
+
+
+class Decoder(Protocol):
+    """The arithmetic. All calls come from the worker's thread."""
+
+    def start(self, job: Job) -> int:
+        """Read the prompt; the first token of the reply."""
+        ...
+
+    def advance(self, jobs: Sequence[Job]) -> Sequence[int | Exception]:
+        """The next token of each job, or why it has none. Raises only when none of them can go on."""
+        ...
+
+    def ends(self, token: int) -> bool:
+        """Whether the token ends a reply."""
+        ...
+
+    def release(self, job: Job) -> None:
+        """Forget a job."""
+        ...
+
+
+class Worker:
+    """Owns the thread.
+
+    Args:
+        max_running: jobs that compute at once.
+        max_tokens: tokens that they may come to hold together (:func:`serve_app.engines.memory.kv_tokens`).
+        stall_s: a step that takes longer means that the engine is lost.
+    """
+
+    def __init__(
+        self, decoder: Decoder, ledger: Ledger, max_running: int, max_tokens: int, stall_s: float = 600.0
+    ) -> None:
+        self._decoder = decoder
+        self._ledger = ledger
+        self._max_running = max_running
+        self._max_tokens = max_tokens
+        self._stall_s = stall_s
+        self._line: Line[Job] = Line()
+        self._running: list[Job] = []
+        self._outbox: list[tuple[Job, Outgoing]] = []
+        self._wake = threading.Condition()
+        self._ending: RotundaError | None = None
+        self._busy_since: float | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def __repr__(self) -> str:
+        return f"Worker({len(self._running)} running, {self._line!r}, ending={self._ending!r})"
+
+    # From the event loop ---------------------------------------------------------------------------------------------
+
+    def submit(self, job: Job) -> None:
+        """Put a job in the line. Its items, and its error if it has one, come through ``job.items``."""
+        with self._wake:
+            self.check_health()
+            self._line.push(job, job.request.priority)
+            self._wake.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Nobody reads the job any more; a running one stops before its next step. Idempotent."""
+        with self._wake:
+            job.cancelled = True
+            if self._line.remove(job):
+                self._ledger.leave("waiting", "cancelled")
+
+    def check_health(self) -> None:
+        """Raise what new jobs are refused with."""
+        if self._ending is not None:
+            raise self._ending
+        busy = self._busy_since
+        if busy is not None and time.monotonic() - busy > self._stall_s:
+            raise ProviderUnavailable("The model has stopped answering. Its replica will be replaced.")
+
+    def close(self) -> None:
+        """End every job with ``ProviderUnavailable`` and join the thread: blocks for a step at most."""
+        with self._wake:
+            self._ending = self._ending or shutting_down()
+            self._wake.notify()
+        self._thread.join()
+
+    # In the thread ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._wait():
+                self._turn()
+        except Exception:  # a fault of ours: the thread is lost, so the engine must say so and end what it holds
+            log.exception("the engine's thread failed")
+            self._ending = Internal.masked()
+        with self._wake:
+            self._end_all(self._ending or shutting_down())
+        self._post()
+
+    def _wait(self) -> bool:
+        with self._wake:
+            self._busy_since = None
+            while not self._ending and not self._line and not self._running:
+                self._wake.wait()
+            self._busy_since = time.monotonic()
+            return self._ending is None
+
+    def _turn(self) -> None:
+        for job in [job for job in self._running if job.cancelled]:
+            self._drop(job)
+            self._ledger.leave("running", "cancelled")
+        if (newcomer := self._admit()) is not None:
+            self._start(newcomer)
+            self._post()
+        if self._running:
+            self._advance(self._running.copy())
+            self._post()
+
+    def _admit(self) -> Job | None:
+        """The first in the line, if there is room for it; nobody overtakes it."""
+        with self._wake:
+            job = self._line.first()
+            if job is None or len(self._running) >= self._max_running:
+                return None
+            if self._running and sum(other.room for other in self._running) + job.room > self._max_tokens:
+                return None
+            self._running.append(self._line.pop())
+            self._ledger.start()
+        job.started = time.monotonic()
+        return job
+
+    def _start(self, job: Job) -> None:
+        try:
+            token = self._decoder.start(job)
+        except Exception as fault:  # the border to the libraries
+            self._fail(job, fault)
+            return
+        job.first = time.monotonic()
+        self._ledger.count(prompt_tokens=len(job.prompt.ids))
+        self._take(job, token)
+
+    def _advance(self, jobs: Sequence[Job]) -> None:
+        try:
+            tokens = self._decoder.advance(jobs)
+        except Exception as fault:  # the border to the libraries
+            tokens = [fault] * len(jobs)
+        for job, token in zip(jobs, tokens, strict=True):
+            if isinstance(token, Exception):
+                self._fail(job, token)
+            else:
+                self._take(job, token)
+
+    def _take(self, job: Job, token: int) -> None:
+        """Turn a token into text, and see whether it was the last."""
+        job.tokens.append(token)
+        self._ledger.count(completion_tokens=1, tokens_after_cancel=int(job.cancelled))
+        if job.cancelled:
+            return
+        try:
+            ended = self._decoder.ends(token)
+            if not ended and (delta := job.stream.push(token)) is not None:
+                self._outbox.append((job, delta))
+            if ended or job.stream.matched is not None:
+                self._finish(job, FinishReason.STOP)
+            elif len(job.tokens) >= job.prompt.max_tokens:
+                self._finish(job, FinishReason.LENGTH)
+        except Exception as fault:  # the border to the tokenizer
+            self._fail(job, fault)
+
+    def _finish(self, job: Job, reason: FinishReason) -> None:
+        if (rest := job.stream.finish()) is not None:
+            self._outbox.append((job, rest))
+        if job.stream.matched is not None:
+            reason = FinishReason.STOP
+        now = time.monotonic()
+        timing = EngineTiming(job.started - job.arrived, job.first - job.started, now - job.first)
+        usage = Usage(len(job.prompt.ids), len(job.tokens))
+        stop = job.stream.matched if job.stream.matched in job.request.options.stop else None
+        self._drop(job)
+        self._ledger.leave("running", "finished")
+        self._outbox.append((job, Finish(reason, usage, timing, stop)))
+
+    def _fail(self, job: Job, fault: Exception) -> None:
+        log.error("request %s failed", job.request.request_id, exc_info=fault)
+        self._drop(job)
+        self._ledger.leave("running", "cancelled" if job.cancelled else "failed")
+        self._outbox.append((job, translate(fault, "generate")))
+
+    def _drop(self, job: Job) -> None:
+        self._running.remove(job)
+        self._decoder.release(job)
+
+    def _end_all(self, error: RotundaError) -> None:
+        while self._line:
+            self._ledger.leave("waiting", "failed")
+            self._outbox.append((self._line.pop(), error))
+        for job in self._running:
+            self._ledger.leave("running", "cancelled" if job.cancelled else "failed")
+            self._outbox.append((job, error))
+        self._running.clear()
+
+    def _post(self) -> None:
+        """Hand everything over at once: one call into each event loop, however many jobs have something."""
+        letters, self._outbox = self._outbox, []
+        for loop in {job.loop for job, _ in letters}:
+            mine = [(job.items, item) for job, item in letters if job.loop is loop]
+            try:
+                loop.call_soon_threadsafe(_deliver, mine)
+            except RuntimeError:
+                log.warning("the event loop of %d items is closed", len(mine))
+
+
+def _deliver(letters: Iterable[tuple[asyncio.Queue[Outgoing], Outgoing]]) -> None:
+    for items, item in letters:
+        items.put_nowait(item)
