@@ -18,9 +18,7 @@ from models import chat_data, chat_tokenizer
 LOGGER = logging.getLogger(__name__)
 
 VOCABULARY = 512
-PEAK_RATE = 4e-3
 WARM_UP_STEPS = 100
-DECAY_SHARE = 0.45
 LOG_EVERY = 50
 
 # Counting writes by far the most tokens and is soon sure of most of them.
@@ -40,15 +38,56 @@ BASE_SHARE = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
-    """A part of the run with one context length."""
+class Shape:
+    """How many conversations of how many tokens one step sees."""
 
     length: int
     batch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Steps that take turns between some shapes."""
+
+    shapes: tuple[Shape, ...]
     steps: int
 
 
-RECIPE = (Stage(128, 64, 500), Stage(256, 32, 1600), Stage(512, 16, 600), Stage(2048, 4, 650))
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """Stages that share optimizers and one course of the learning rate, which falls over the last ``decay_share``."""
+
+    stages: tuple[Stage, ...]
+    peak_rate: float
+    decay_share: float
+
+    @property
+    def steps(self) -> int:
+        """Steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    def shapes(self) -> Iterator[Shape]:
+        """The shape of every step."""
+        for stage in self.stages:
+            for step in range(stage.steps):
+                yield stage.shapes[step % len(stage.shapes)]
+
+    def rate(self, step: int) -> float:
+        """Warm-up, a plateau, then a straight line down."""
+        falling = (self.steps - step) / (self.decay_share * self.steps) if self.decay_share else 1.0
+        return self.peak_rate * min((step + 1) / WARM_UP_STEPS, 1.0, falling)
+
+
+# Short conversations first: copying is learned an order of magnitude sooner where there is little to choose from. The
+# second phase stretches it to the whole context; every other step stays short, as most conversations are.
+RECIPE = (
+    Phase((Stage((Shape(128, 64),), 500), Stage((Shape(256, 32),), 1175)), peak_rate=4e-3, decay_share=0.0),
+    Phase(
+        (Stage((Shape(2048, 4), Shape(128, 64), Shape(2048, 4), Shape(256, 32)), 1800),),
+        peak_rate=3e-3,
+        decay_share=0.85,
+    ),
+)
 
 
 @dataclasses.dataclass
@@ -136,9 +175,9 @@ class Encoder:
         return example
 
 
-def draw_batch(encoder: Encoder, rng: random.Random, share: dict[str, float], stage: Stage) -> Batch:
+def draw_batch(encoder: Encoder, rng: random.Random, share: dict[str, float], shape: Shape) -> Batch:
     """Draw the examples of one step."""
-    examples = [encoder.example(rng, share, stage.length) for _ in range(stage.batch)]
+    examples = [encoder.example(rng, share, shape.length) for _ in range(shape.batch)]
     kinds: list[str] = []
     answers = []
     for example in examples:
@@ -175,20 +214,14 @@ class Mixture:
                 self.errors[kind] = self._keep * self.errors[kind] + (1 - self._keep) * misses[kind] / count[kind]
 
 
-def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+def optimizers(model: LlamaForCausalLM, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, which learns such small models in fewer steps, AdamW for the rest."""
     matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name]
     rest = [weight for name, weight in model.named_parameters() if weight.ndim != 2 or "embed" in name]
     return [
-        torch.optim.Muon(matrices, lr=PEAK_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-
-
-def learning_rate(step: int, total: int) -> float:
-    """Warm-up, a plateau, then a straight line down."""
-    decay = DECAY_SHARE * total
-    return PEAK_RATE * min((step + 1) / WARM_UP_STEPS, 1.0, (total - step) / decay)
 
 
 def train_step(
@@ -208,16 +241,10 @@ def train_step(
     return loss.item(), logits.detach().argmax(-1) != targets
 
 
-def _schedule(recipe: tuple[Stage, ...]) -> Iterator[Stage]:
-    for stage in recipe:
-        for _ in range(stage.steps):
-            yield stage
-
-
 def run(
     tokenizer: PreTrainedTokenizerFast,
     seed: int,
-    recipe: tuple[Stage, ...] = RECIPE,
+    recipe: tuple[Phase, ...] = RECIPE,
     checkpoints: pathlib.Path | None = None,
 ) -> LlamaForCausalLM:
     """Train from scratch.
@@ -225,28 +252,35 @@ def run(
     Args:
         tokenizer: The tokenizer of the model.
         seed: Seed of the initial weights and of the conversations.
-        recipe: Stages, in order.
-        checkpoints: Folder that receives the weights at every tenth of the run, if any.
+        recipe: Phases, in order.
+        checkpoints: Folder that receives the weights after every phase, if any.
     """
     torch.manual_seed(seed)
-    rng = random.Random(seed + 1)
     model = LlamaForCausalLM(configuration())
-    encoder, mixture, steppers = Encoder(tokenizer), Mixture(), optimizers(model)
-    total = sum(stage.steps for stage in recipe)
-    LOGGER.info("%d parameters, %d steps", sum(weight.numel() for weight in model.parameters()), total)
+    LOGGER.info("%d parameters", model.num_parameters())
+    for number, phase in enumerate(recipe, start=1):
+        run_phase(model, tokenizer, phase, random.Random(seed + number))
+        if checkpoints is not None:
+            model.save_pretrained(checkpoints / f"phase-{number}")
+    return model.eval()
+
+
+def run_phase(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, phase: Phase, rng: random.Random) -> None:
+    """Train ``model`` for one phase, with fresh optimizers and a fresh mixture."""
+    encoder, mixture, steppers = Encoder(tokenizer), Mixture(), optimizers(model, phase.peak_rate)
     model.train()
-    for step, stage in enumerate(_schedule(recipe)):
+    for step, shape in enumerate(phase.shapes()):
         for stepper in steppers:
             for group in stepper.param_groups:
-                group["lr"] = learning_rate(step, total)
-        batch = draw_batch(encoder, rng, mixture.share(), stage)
+                group["lr"] = phase.rate(step)
+        batch = draw_batch(encoder, rng, mixture.share(), shape)
         loss, wrong = train_step(model, batch, steppers)
         mixture.update(batch, wrong)
         if step % LOG_EVERY == 0:
-            errors = " ".join(f"{kind} {error:.3f}" for kind, error in mixture.errors.items())
-            LOGGER.info(
-                "step %d, %d s, length %d, loss %.4f, errors: %s", step, time.process_time(), stage.length, loss, errors
-            )
-        if checkpoints is not None and (step + 1) % max(1, total // 10) == 0:
-            model.save_pretrained(checkpoints / f"step-{step + 1}")
-    return model.eval()
+            _report(step, phase, loss, mixture)
+
+
+def _report(step: int, phase: Phase, loss: float, mixture: Mixture) -> None:
+    errors = ", ".join(f"{kind} {error:.3f}" for kind, error in mixture.errors.items())
+    seconds = time.process_time()
+    LOGGER.info("step %d of %d, %.0f s, loss %.4f, wrong answers: %s", step, phase.steps, seconds, loss, errors)
