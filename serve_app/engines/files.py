@@ -17,6 +17,7 @@ MAX_FILES = 5_000
 MAX_DEPTH = 3
 MARKERS = ("config.json", "adapter_config.json", "modules.json", "tokenizer.json", "tokenizer_config.json")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+HUB_PREFIX = "models--"
 DOWNLOADS = ".cache/huggingface/download"
 """Where ``hf download --local-dir`` keeps the files that it has not finished."""
 
@@ -64,13 +65,22 @@ def list_folders(root: Path) -> list[Folder]:
     store = root.resolve()
     found: list[Folder] = []
     for entry in _subfolders(store):
-        if entry.name.startswith("models--"):
+        if entry.name.startswith(HUB_PREFIX):
             found.append(_hub_folder(Path(entry.path), store))
         elif _looks_like_model(Path(entry.path)):
             found.append(_plain_folder(entry.name, Path(entry.path), store))
+            found += [folder for folder in _of_organisation(Path(entry.path), store) if _is_whole(folder.path)]
         else:
             found += _of_organisation(Path(entry.path), store)
     return found
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a folder *within* something that looks like a model is one itself: stray files in an organisation's
+    folder must not hide its models, and a model's own parts (``1_Pooling``, ``onnx``) are none."""
+    return all((path / name).exists() for name in ("config.json", "tokenizer_config.json")) and any(
+        (path / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")
+    )
 
 
 def _of_organisation(organisation: Path, store: Path) -> list[Folder]:
@@ -82,7 +92,10 @@ def _of_organisation(organisation: Path, store: Path) -> list[Folder]:
         reason = f"The folder cannot be listed ({fault.strerror})."
         return [Folder(_clean(organisation.name), organisation, organisation, store, reason)]
     paths = [Path(entry.path) for entry in entries]
-    return [_plain_folder(f"{organisation.name}/{path.name}", path, store) for path in paths if _looks_like_model(path)]
+    plain = [
+        _plain_folder(f"{organisation.name}/{path.name}", path, store) for path in paths if _looks_like_model(path)
+    ]
+    return plain + [_hub_folder(path, store) for path in paths if path.name.startswith(HUB_PREFIX)]
 
 
 def _subfolders(path: Path) -> list[os.DirEntry[str]]:
@@ -108,7 +121,7 @@ def _plain_folder(name: str, path: Path, store: Path) -> Folder:
 
 def _hub_folder(path: Path, store: Path) -> Folder:
     """A repository of the hub cache; ``refs/main`` chooses the snapshot, the only one is taken without it."""
-    model_id = _clean(path.name.removeprefix("models--").replace("--", "/"))
+    model_id = _clean(path.name.removeprefix(HUB_PREFIX).replace("--", "/"))
     home = Path(os.path.realpath(path))
     if not within(home, store):
         return Folder(model_id, path, home, store, "The folder is a link that leaves the model store.")

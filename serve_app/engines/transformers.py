@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from serve_app.domain.catalog import ModelInfo
-from serve_app.domain.errors import InvalidInput, ModelLoadFailed, ProviderUnavailable, RotundaError
+from serve_app.domain.errors import InvalidConfig, InvalidInput, ModelLoadFailed, ProviderUnavailable, RotundaError
 from serve_app.domain.generation import Accepted, Finish, GenerationRequest, Item
 from serve_app.engines.base import Counters, EngineOptions, Progress, no_progress
 from serve_app.engines.faults import translate
@@ -30,6 +30,7 @@ from serve_app.engines.worker import Decoder, Job, Worker
 log = logging.getLogger(__name__)
 
 PROMPT_THREADS = 2
+EXTRA = frozenset({"use_gpu", "kv_tokens", "prompt_timeout_s", "stall_s"})
 CONTINUED_IDS = 8
 """Ids of a continued text that its continuation is decoded after."""
 
@@ -140,11 +141,17 @@ def create(info: ModelInfo, options: EngineOptions, on_progress: Progress = no_p
     """Load the model, try it, and start its thread. Blocks.
 
     Raises:
+        InvalidConfig: ``extra`` holds an unknown setting.
         ModelUnsafe, CapabilityMissing, ModelLoadFailed, MemoryExceeded: see :func:`serve_app.engines.loading.load`.
     """
     from serve_app.engines import decoding
     from serve_app.engines.loading import load
 
+    unknown = {name for name, _ in options.extra} - EXTRA
+    if unknown:
+        raise InvalidConfig(
+            f"This engine has no setting {', '.join(sorted(unknown))}; it has {', '.join(sorted(EXTRA))}."
+        )
     loaded = load(info, options, on_progress)
     info = loaded.info
     prompter = Prompter(loaded.tokenizer, loaded.processor, context_limit(info, options), _max_tokens(loaded, options))

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from serve_app.engines.text import TextStream
 
 log = logging.getLogger(__name__)
 
+JOIN_S = 30.0
 Outgoing = Item | RotundaError
 
 
@@ -95,13 +96,13 @@ class Worker:
         self._running: list[Job] = []
         self._outbox: list[tuple[Job, Outgoing]] = []
         self._wake = threading.Condition()
-        self._ending: RotundaError | None = None
+        self._ending: Callable[[], RotundaError] | None = None
         self._busy_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def __repr__(self) -> str:
-        return f"Worker({len(self._running)} running, {self._line!r}, ending={self._ending!r})"
+        return f"Worker({len(self._running)} running, {self._line!r}, ending={self._ending is not None})"
 
     # From the event loop ---------------------------------------------------------------------------------------------
 
@@ -122,7 +123,7 @@ class Worker:
     def check_health(self) -> None:
         """Raise what new jobs are refused with."""
         if self._ending is not None:
-            raise self._ending
+            raise self._ending()
         busy = self._busy_since
         if busy is not None and time.monotonic() - busy > self._stall_s:
             raise ProviderUnavailable("The model has stopped answering. Its replica will be replaced.")
@@ -130,9 +131,11 @@ class Worker:
     def close(self) -> None:
         """End every job with ``ProviderUnavailable`` and join the thread: blocks for a step at most."""
         with self._wake:
-            self._ending = self._ending or shutting_down()
+            self._ending = self._ending or shutting_down
             self._wake.notify()
-        self._thread.join()
+        self._thread.join(JOIN_S)
+        if self._thread.is_alive():
+            log.error("the engine's thread is still in a step after %g s", JOIN_S)
 
     # In the thread ---------------------------------------------------------------------------------------------------
 
@@ -142,9 +145,9 @@ class Worker:
                 self._turn()
         except Exception:  # a fault of ours: the thread is lost, so the engine must say so and end what it holds
             log.exception("the engine's thread failed")
-            self._ending = Internal.masked()
+            self._ending = Internal.masked
         with self._wake:
-            self._end_all(self._ending or shutting_down())
+            self._end_all(self._ending or shutting_down)
         self._post()
 
     def _wait(self) -> bool:
@@ -240,13 +243,13 @@ class Worker:
         self._running.remove(job)
         self._decoder.release(job)
 
-    def _end_all(self, error: RotundaError) -> None:
+    def _end_all(self, error: Callable[[], RotundaError]) -> None:
         while self._line:
             self._ledger.leave("waiting", "failed")
-            self._outbox.append((self._line.pop(), error))
+            self._outbox.append((self._line.pop(), error()))
         for job in self._running:
             self._ledger.leave("running", "cancelled" if job.cancelled else "failed")
-            self._outbox.append((job, error))
+            self._outbox.append((job, error()))
         self._running.clear()
 
     def _post(self) -> None:
