@@ -21,6 +21,7 @@ from serve_app.domain.errors import AccessError, InvalidConfig, InvalidInput, No
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
 P = ParamSpec("P")
+_PIPE_WIDTH = 10_000
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Url = Annotated[str, typer.Option("--url", envvar="ROTUNDA_URL", help="Address of the server.")]
@@ -97,7 +98,13 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     for row in rows:
         grid.add_row(*(Text("-" if cell is None or cell == "" else clean(str(cell))) for cell in row))
     console = Console(highlight=False)
-    console.print(grid, width=None if console.is_terminal else 1000, soft_wrap=not console.is_terminal)
+    if console.is_terminal:
+        return console.print(grid)
+    console.width = _PIPE_WIDTH
+    with console.capture() as written:
+        console.print(grid)
+    for line in written.get().splitlines():
+        typer.echo(line.rstrip())
 
 
 def size(count: int | None) -> str | None:

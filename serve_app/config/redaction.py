@@ -22,6 +22,7 @@ _SECRET_PAIRS = frozenset(
 )
 _SECRET_NAMES = frozenset({"token", "apikey", "apikeys", "authorization"})
 _POINTERS = frozenset({"env", "file", "path"})
+_POINTER = re.compile(r"_?(env|file|path)$", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"^(Bearer\s+\S+|sk-\S{16,}|hf_\w{16,}|gh[pousr]_\w{16,}|xox[abp]-\S+|AKIA[0-9A-Z]{16})$")
 _URL_PASSWORD = re.compile(r"://[^/?#\s]*@")
 _QUERY_SECRET = re.compile(r"([?&][^=&]*(?:passw|token|secret|key)[^=&]*=)[^&]*", re.IGNORECASE)
@@ -60,7 +61,8 @@ def redact_url(url: str) -> str:
 
 def shown(name: str, value: object) -> str:
     """``value`` as a report may show it: masked when it is a secret, shortened when it is long."""
-    if looks_secret(name) and value not in (None, ""):
+    # Who writes the key itself where its place belongs must not find it in the log.
+    if looks_secret(_POINTER.sub("", name)) and value not in (None, ""):
         return MASK
     if isinstance(value, str):
         value = MASK if _SECRET_VALUE.match(value.strip()) else redact_url(value)

@@ -29,6 +29,7 @@ DOTENV = Path(".env")
 PLATFORM = Path("configs/platform.yaml")
 OPENAI_URL = "https://api.openai.com/v1"
 _NAMES = tuple(row.name for row in SETTINGS)
+_READ_BY_MODELS = ("hf_model_path", "hf_default_task", "hf_enable_gpu")
 _NOT_OURS = frozenset({"HF_HOME", "HF_TOKEN", "OPENAI_API_BASE", "OLLAMA_MODELS", "ROTUNDA_API_KEY", "ROTUNDA_URL"})
 
 
@@ -82,7 +83,8 @@ def load(
         raise invalid(problems)
     warnings = [*_typos(environment, "the environment"), *_typos(in_file, ".env"), *layers.notes]
     settings = _resolved(settings, home, warnings)
-    return Loaded(settings, layers.sources, tuple(warnings + _surprises(settings)), file)
+    warnings += [*_partial(layers.sources), *_surprises(settings)]
+    return Loaded(settings, layers.sources, tuple(warnings), file)
 
 
 class _Layers:
@@ -228,6 +230,15 @@ def _typos(variables: Mapping[str, str], where: str) -> list[str]:
         if near:
             warnings.append(f"{name} in {where} is not a setting and has no effect; did you mean {near[0]}?")
     return warnings
+
+
+def _partial(sources: Mapping[str, str]) -> list[str]:
+    """Warnings about settings of the model replicas that stand where only the gateway reads them."""
+    return [
+        f"{field.upper()} in args reaches the gateway only; model replicas read it from their environment."
+        for field in _READ_BY_MODELS
+        if sources[field] == "args"
+    ]
 
 
 def _surprises(settings: Settings) -> list[str]:
