@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 from serve_app.domain.events import Event, Numbered
 
@@ -44,7 +44,7 @@ class LiveStream:
             self._waiting.append(future)
             await future
 
-    async def follow(self, after: int = 0) -> AsyncIterator[Numbered]:
+    async def follow(self, after: int = 0) -> AsyncGenerator[Numbered, None]:
         """Yield the events after number ``after``, the ones to come included, until the terminal one."""
         self._readers += 1
         self._on_readers(self._readers)

@@ -26,7 +26,6 @@ from serve_app.store.records import NewImage
 # Decoding takes a processor and up to a few hundred MB: more at once would only be slower.
 _AT_ONCE = 2
 _DATA_URI = re.compile(r"data:(?P<type>[^,;]*)(?P<parameters>(?:;[^,;]*)*),", re.IGNORECASE)
-PASSWORD_HEADER = "x-conversation-password"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +141,7 @@ def images_router(services: Services) -> APIRouter:
 
     @router.get("/api/images/{id}")
     async def image(id: str, request: Request) -> Response:
-        found = await services.access.image(
-            id,
-            password=request.headers.get(PASSWORD_HEADER),
-            token=token_of(request),
-            address=address_of(request),
-        )
+        found = await services.access.image(id, token=token_of(request), address=address_of(request))
         data = await services.files.read(found.file_path)
         headers = {
             "Content-Disposition": f"inline; filename*=UTF-8''{quote(found.filename, safe='')}",

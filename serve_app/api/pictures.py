@@ -101,7 +101,7 @@ def _open(data: bytes, name: str, limits: Limits) -> Pillow.Image:
 def _too_many_pixels(name: str, limits: Limits) -> PayloadTooLarge:
     side = math.isqrt(limits.max_pixels)
     return PayloadTooLarge(
-        f"{name} has too many pixels; {limits.max_pixels:,} is the most (for instance {side} × {side}). Make it smaller."
+        f"{name} has too many pixels; {limits.max_pixels:,} is the most ({side} × {side} for instance)."
     )
 
 
@@ -127,7 +127,7 @@ def _encode_anew(picture: Pillow.Image, media_type: str) -> bytes:
 def _options(picture: Pillow.Image, media_type: str) -> dict[str, Any]:
     """How to encode without losing what the original kept. JPEG: with its own tables."""
     if isinstance(picture, JpegImageFile):
-        sampling = get_sampling(picture)  # type: ignore[no-untyped-call]
+        sampling = get_sampling(picture)
         kept: dict[str, Any] = {"qtables": picture.quantization}
         return kept if sampling < 0 else {**kept, "subsampling": sampling}
     if media_type == "image/webp":

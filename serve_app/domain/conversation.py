@@ -101,6 +101,7 @@ class StreamSession:
     message_id: str | None = None
     usage: Usage | None = None
     timing: Timing | None = None
+    finish_reason: str | None = None
 
     def summary(self) -> dict[str, Any]:
         """The fields that tell the session's end, as JSON values."""

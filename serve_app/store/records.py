@@ -174,6 +174,7 @@ def session_of(row: Row[Any]) -> StreamSession:
         message_id=row.message_id,
         usage=_usage_of(row),
         timing=_timing_of(row),
+        finish_reason=row.finish_reason,
     )
 
 

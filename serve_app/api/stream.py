@@ -1,0 +1,225 @@
+"""Replies as server-sent events: start one, come back to one, end one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from datetime import UTC, datetime
+
+from fastapi import APIRouter, Request, Response
+from starlette.responses import JSONResponse
+
+from serve_app.api.body import StreamMessage, TerminateStream, json_body, stream_message
+from serve_app.api.context import address_of, caller_of, token_of, trace_of
+from serve_app.api.images import ImageIntake
+from serve_app.api.services import Services
+from serve_app.api.sse import EventStream, encode, encode_event
+from serve_app.api.validation import read
+from serve_app.domain.conversation import Conversation, SessionStatus, StreamSession, TerminationReason
+from serve_app.domain.errors import (
+    DeadlineExceeded,
+    InvalidInput,
+    MalformedRequest,
+    ProviderUnavailable,
+    RotundaError,
+    error_from_dict,
+)
+from serve_app.domain.events import Ended, Failed, Numbered, SessionOpened, Terminated, Token
+from serve_app.domain.generation import FinishReason, Timing, Usage
+from serve_app.sessions import LiveReply, NewReply
+from serve_app.store.records import new_id
+
+TITLE_LENGTH = 60
+
+
+class Streams:
+    """The three operations on streams, over one ingress's services."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._intake = ImageIntake(services.settings, services.files)
+        self._heartbeat_s = services.settings.heartbeat_ms / 1000
+
+    async def begin(self, request: Request) -> Response:
+        """``POST /api/stream-message``: what can be refused is refused before the stream opens."""
+        body, images = await stream_message(request)
+        longest = self._services.settings.max_message_chars
+        if len(body.message) > longest:
+            raise InvalidInput(f"The message has {len(body.message):,} characters; {longest:,} is the most.")
+        options = body.options.to_options()
+        existing = await self._existing(body, request)
+        received = await self._intake.receive(images)
+        conversation = existing or await self._create(body)
+        try:
+            reply = await self._services.sessions.start(
+                NewReply(
+                    conversation=conversation,
+                    text=body.message,
+                    model=body.model,
+                    system_prompt=body.system_prompt,
+                    uploads=received.uploads,
+                    image_warnings=received.warnings,
+                    options=options,
+                    priority=body.order,
+                    fallbacks=tuple(body.fallback_models),
+                    context_policy=body.context_policy,
+                    on_disconnect=body.on_disconnect,
+                    caller=caller_of(request) or "anonymous",
+                    trace=trace_of(request.scope),
+                )
+            )
+            await reply.opened()
+        except RotundaError:
+            if existing is None:
+                await self._discard(conversation)
+            raise
+        return EventStream(_encoded(reply, 0), self._heartbeat_s)
+
+    async def follow(self, session_id: str, request: Request) -> Response:
+        """``GET /api/stream-message/{sessionId}``: replay what was sent after an event, and follow."""
+        after = _position(request)
+        services = self._services
+        session = await services.store.get_session(session_id)
+        await services.access.conversation(
+            session.conversation_id, token=token_of(request), address=address_of(request)
+        )
+        reply = services.sessions.find(session_id)
+        if reply is not None:
+            if after > len(reply.stream.events):
+                raise InvalidInput(f"This stream has no event {after} yet.")
+            return EventStream(_encoded(reply, after), self._heartbeat_s)
+        if session.status is SessionStatus.ACTIVE:
+            # It may have ended between the two looks.
+            session = await services.store.get_session(session_id)
+        if session.status is SessionStatus.ACTIVE:
+            raise ProviderUnavailable(
+                "Another server of this cluster is writing this reply. Try again, or come back when it is done.",
+                details={"retryAfterS": 2},
+            )
+        return EventStream(_recorded(session, after), self._heartbeat_s)
+
+    async def terminate(self, request: Request) -> Response:
+        """``POST /api/terminate-stream``: end a stream wherever it runs; the partial reply is kept."""
+        body = await _terminate_body(request)
+        reason = _reason(body.reason)
+        services = self._services
+        await services.access.conversation(
+            body.conversation_id, password=body.password, token=token_of(request), address=address_of(request)
+        )
+        before = await services.store.get_session(body.session_id)
+        after = await services.sessions.terminate(body.session_id, body.conversation_id, reason)
+        if after.status is SessionStatus.ACTIVE:
+            raise DeadlineExceeded(
+                "The server that writes this reply has not stopped yet. It has been told; ask again in a few seconds.",
+                after.provider,
+                True,
+                {"sessionId": after.id},
+            )
+        return JSONResponse(_termination(before, after))
+
+    async def _existing(self, body: StreamMessage, request: Request) -> Conversation | None:
+        if body.conversation_id is None:
+            return None
+        return await self._services.access.conversation(
+            body.conversation_id, password=body.password, token=token_of(request), address=address_of(request)
+        )
+
+    async def _create(self, body: StreamMessage) -> Conversation:
+        """A new conversation; as everywhere, a password makes it private."""
+        hash = None if body.password is None else await self._services.passwords.hash(body.password)
+        title = " ".join(body.message.split())[:TITLE_LENGTH] or "New conversation"
+        return await self._services.store.create_conversation(new_id(), title, body.model, hash, body.system_prompt)
+
+    async def _discard(self, conversation: Conversation) -> None:
+        """The conversation was made for a reply that could not begin, and nobody knows its id."""
+        for path in await self._services.store.delete_conversation(conversation.id):
+            await self._services.files.delete(path)
+
+
+async def _encoded(reply: LiveReply, after: int) -> AsyncGenerator[bytes, None]:
+    async with aclosing(reply.stream.follow(after)) as events:
+        async for numbered in events:
+            yield encode(numbered)
+
+
+async def _recorded(session: StreamSession, after: int) -> AsyncGenerator[bytes, None]:
+    """A stream that has ended, as its row tells it: opening, the whole text, the end.
+
+    The row does not know how the text was cut into events. A client that has seen some is told to drop its text first.
+    """
+    if after:
+        yield encode_event({"seq": 0, "offset": 0}, "rewind")
+    events = [
+        SessionOpened(session.id, session.conversation_id, session.model, session.provider, session.trace_id or ""),
+        *([Token(session.partial_response, 0)] if session.partial_response else []),
+        _terminal(session),
+    ]
+    for seq, event in enumerate(events, 1):
+        yield encode(Numbered(seq, event))
+
+
+def _terminal(session: StreamSession) -> Ended | Terminated | Failed:
+    if session.status is SessionStatus.COMPLETED:
+        reason = FinishReason(session.finish_reason or FinishReason.STOP)
+        return Ended(session.message_id, session.usage or Usage(), session.timing or Timing(), reason)
+    if session.status is SessionStatus.TERMINATED:
+        reason_text = session.termination_reason or TerminationReason.ERROR.value
+        return Terminated(session.id, session.partial_response, session.token_count, reason_text)
+    message = session.error_message or "The reply failed."
+    error = error_from_dict({"code": session.error_code, "message": message, "provider": session.provider})
+    return Failed(error.code, message, session.provider, error.retryable, session.trace_id or "", {})
+
+
+def _position(request: Request) -> int:
+    """The number of the last event that the client has seen; ``?after=`` is for clients that cannot set headers."""
+    given = request.query_params.get("after") or request.headers.get("last-event-id") or "0"
+    if not (given.isascii() and given.isdecimal() and len(given) < 16):
+        raise InvalidInput("after (or Last-Event-ID) must be the number of an event of this stream.")
+    return int(given)
+
+
+async def _terminate_body(request: Request) -> TerminateStream:
+    """Unlike elsewhere, a body of the wrong shape is answered 400: clients of the chat service rely on it."""
+    value = await json_body(request)
+    try:
+        return read(TerminateStream, value)
+    except InvalidInput as error:
+        raise MalformedRequest(error.message) from error
+
+
+def _reason(given: str | None) -> TerminationReason:
+    try:
+        return TerminationReason((given or TerminationReason.USER_REQUESTED).upper())
+    except ValueError as error:
+        raise MalformedRequest(f"reason must be one of {', '.join(TerminationReason)}.") from error
+
+
+def _termination(before: StreamSession, after: StreamSession) -> dict[str, object]:
+    stopped = before.status is SessionStatus.ACTIVE and after.status is SessionStatus.TERMINATED
+    message = "The stream was terminated." if stopped else f"The stream had already ended ({after.status.value})."
+    return {
+        "success": stopped,
+        "message": message,
+        **after.summary(),
+        "timestamp": (after.ended_at or datetime.now(UTC)).isoformat(),
+    }
+
+
+def stream_router(services: Services) -> APIRouter:
+    """``/api/stream-message`` and ``/api/terminate-stream``."""
+    streams = Streams(services)
+    router = APIRouter()
+
+    @router.post("/api/stream-message")
+    async def begin(request: Request) -> Response:
+        return await streams.begin(request)
+
+    @router.get("/api/stream-message/{session_id}")
+    async def follow(session_id: str, request: Request) -> Response:
+        return await streams.follow(session_id, request)
+
+    @router.post("/api/terminate-stream")
+    async def terminate(request: Request) -> Response:
+        return await streams.terminate(request)
+
+    return router
