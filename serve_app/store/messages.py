@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from sqlalchemy import Row, delete, func, insert, select, update
@@ -13,7 +13,7 @@ from serve_app.domain.conversation import MessageStatus, Sender, StoredMessage
 from serve_app.domain.errors import InvalidInput, NotFound
 from serve_app.store.conversations import touch
 from serve_app.store.engine import Database, whole
-from serve_app.store.files import images_of, insert_images, orphans
+from serve_app.store.files import chunks, images_of, insert_images, orphans
 from serve_app.store.records import NewImage, message_of, new_id, utc_now
 from serve_app.store.tables import images, messages, stream_sessions
 
@@ -122,6 +122,24 @@ class Messages:
             query = query.order_by(messages.c.seq.desc() if upwards else messages.c.seq).limit(limit)
             rows = list(await connection.execute(query))
             return await _with_images(connection, reversed(rows) if upwards else rows)
+
+    @whole
+    async def messages_of(
+        self, conversation_ids: Collection[str], limit: int | None = None
+    ) -> dict[str, list[StoredMessage]]:
+        """The messages of many conversations at once, as :meth:`list_messages` gives those of one."""
+        of = messages.c.conversation_id
+        place = func.row_number().over(partition_by=of, order_by=messages.c.seq).label("place")
+        found: dict[str, list[StoredMessage]] = {id: [] for id in conversation_ids}
+        async with self._db.read() as connection:
+            for some in chunks(found):
+                numbered = select(messages, place).where(of.in_(some)).subquery()
+                query = select(numbered).order_by(numbered.c.conversation_id, numbered.c.seq)
+                if limit is not None:
+                    query = query.where(numbered.c.place <= limit)
+                for message in await _with_images(connection, await connection.execute(query)):
+                    found[message.conversation_id].append(message)
+        return found
 
     @whole
     async def last_messages(self, conversation_id: str, limit: int) -> list[StoredMessage]:
