@@ -115,7 +115,10 @@ def _terminate(client: Client, reply: Reply, screen: Screen) -> None:
     except RotundaError as error:
         screen.note(f"The reply could not be terminated: {error.message}")
         return
-    reply.text = answer.get("partialResponse") or reply.text
+    kept = str(answer.get("partialResponse") or reply.text)
+    if kept.startswith(reply.text):
+        screen.text(kept[len(reply.text) :])
+    reply.text = kept
     reply.tokens = answer.get("tokenCount")
 
 

@@ -9,11 +9,19 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from serve_app.cli.run import BAD_INPUT, Json, guarded, print_json, table, warn
-from serve_app.config import SETTINGS, Loaded, check_exposure, load, read_models
+from serve_app.config import (
+    DOTENV,
+    PLATFORM,
+    SETTINGS,
+    Loaded,
+    ServeFile,
+    check_exposure,
+    load,
+    read_models,
+    read_serve_file,
+)
 from serve_app.config.redaction import MASK
 from serve_app.config.report import invalid
-from serve_app.config.serve_file import ServeFile, read_serve_file
-from serve_app.config.sources import DOTENV, PLATFORM
 from serve_app.config.table import plain
 from serve_app.domain.errors import InvalidConfig
 
@@ -45,7 +53,8 @@ def check(
     file = serve_config or (SERVE_FILE if SERVE_FILE.exists() else None)
     served = _collect(problems, lambda: read_serve_file(file)) if file else None
     loaded = _collect(problems, lambda: _load(served, platform, env_file))
-    _collect(problems, lambda: read_models(Path("configs/models")))
+    home = loaded.settings.rotunda_home if loaded else Path()
+    _collect(problems, lambda: read_models(home / "configs/models"))
     warnings = list(loaded.warnings) if loaded else []
     if served and loaded:
         warnings += _collect(problems, lambda: check_exposure(served.host, loaded.settings)) or ()

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from serve_app.config.redaction import looks_like_secret_value, secrets_in
 from serve_app.config.report import invalid, problems_of, suggestion
-from serve_app.config.table import BY_FIELD
+from serve_app.config.table import BY_FIELD, ENVIRONMENT_ONLY
 from serve_app.config.values import Bytes, VariableName
 from serve_app.domain.catalog import LOCAL_PROVIDER, application_name
 
@@ -272,5 +272,5 @@ def check_overrides(values: Mapping[str, Any]) -> None:
             raise ValueError(f"the setting {name} is unknown; {suggestion(name, BY_FIELD)}")
         if row.secret:
             raise ValueError(f"{NEVER_SECRETS} ({row.name})")
-        if name == "rotunda_home":
-            raise ValueError("rotunda_home is read from the environment only, because the files are found through it")
+        if name in ENVIRONMENT_ONLY:
+            raise ValueError(f"{name} is read from the environment only, because the files are found through it")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from itertools import groupby
+from textwrap import fill
 
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from serve_app.config.args import Args, GatewayArgs, ModelArgs, UpstreamArgs
 from serve_app.config.platform import Platform
-from serve_app.config.table import SETTINGS, Setting
+from serve_app.config.table import ENVIRONMENT_ONLY, SETTINGS, Setting
 
 SHAPES: tuple[tuple[str, type[Args]], ...] = (
     ("Model applications and `configs/models/*.yaml`", ModelArgs),
@@ -37,10 +38,9 @@ def settings_table() -> str:
 
 def _markdown_row(row: Setting) -> str:
     default = f"`{row.default}`" if row.default else "unset"
-    unit = f" {row.unit}" if row.unit and row.default else ""
-    allowed = row.allowed.replace("<", "&lt;").replace("*", "\\*") + (", in " + row.unit if row.unit else "")
+    allowed = row.allowed.replace("<", "&lt;").replace("*", "\\*")
     secret = " **Secret.**" if row.secret else ""
-    return f"| `{row.name}` | {default}{unit} | {allowed} | {row.meaning}{secret} |"
+    return f"| `{row.name}` | {default} | {allowed} | {row.meaning}{secret} |"
 
 
 def env_example() -> str:
@@ -52,9 +52,10 @@ def _env_lines() -> Iterator[str]:
     for group, rows in groupby(SETTINGS, key=lambda row: row.group):
         yield f"\n# ---- {group} ----\n"
         for row in rows:
-            unit = f", in {row.unit}" if row.unit else ""
-            meaning = row.meaning.replace("`", "")
-            yield f"\n# {meaning}\n# Allowed: {row.allowed}{unit}.\n#{row.name}={row.default}\n"
+            if row.field in ENVIRONMENT_ONLY:
+                continue
+            meaning = fill(row.meaning.replace("`", ""), 118, initial_indent="# ", subsequent_indent="# ")
+            yield f"\n{meaning}\n# Allowed: {row.allowed}.\n#{row.name}={row.default}\n"
 
 
 def arguments_tables() -> str:

@@ -171,19 +171,18 @@ class Settings(BaseModel):
         high=100_000,
     )
     memory_warning_threshold: float = setting(
-        ROTATION, 0.80, "Memory in use from which warnings are logged.", unit="fraction", wrong="80", low=0, high=1
+        ROTATION, 0.80, "Fraction of the memory in use from which warnings are logged.", wrong="80", low=0, high=1
     )
     memory_cleanup_threshold: float = setting(
         ROTATION,
         0.90,
-        "Memory in use from which idle models are unloaded.",
-        unit="fraction",
+        "Fraction of the memory in use from which idle models are unloaded.",
         wrong="1.5",
         low=0,
         high=1,
     )
     memory_critical_threshold: float = setting(
-        ROTATION, 0.95, "Memory in use from which no load starts.", unit="fraction", wrong="95%", low=0, high=1
+        ROTATION, 0.95, "Fraction of the memory in use from which no load starts.", wrong="95%", low=0, high=1
     )
     circuit_breaker_threshold: int = setting(
         ROTATION, 5, "Failures in a row that close the way to a model or provider.", wrong="0", low=1, high=1_000

@@ -20,7 +20,7 @@ from serve_app.config.platform import Platform, read_file
 from serve_app.config.redaction import MASK, SecretUrl, redact_url
 from serve_app.config.report import invalid, reason, suggestion
 from serve_app.config.settings import Settings
-from serve_app.config.table import BY_FIELD, SETTINGS, Setting, plain
+from serve_app.config.table import BY_FIELD, ENVIRONMENT_ONLY, SETTINGS, Setting, plain
 from serve_app.domain.errors import InvalidConfig
 
 log = logging.getLogger(__name__)
@@ -97,8 +97,8 @@ class _Layers:
 
     def add(self, source: str, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
-            if name == "rotunda_home" and source != "environment":
-                self.notes.append(f"ROTUNDA_HOME in {source} is ignored: it is read from the environment only.")
+            if name in ENVIRONMENT_ONLY and source != "environment":
+                self.notes.append(f"{name.upper()} in {source} is ignored: it is read from the environment only.")
                 continue
             self.values[name] = value
             self.sources[name] = source

@@ -60,16 +60,17 @@ def _type_name(kind: Any) -> str:
     return names.get(kind) or names.get(get_origin(kind)) or _type_name(get_args(kind)[0])
 
 
-def _allowed(kind: Any, info: FieldInfo, given: str) -> str:
-    if given:
-        return given
+def _allowed(kind: Any, info: FieldInfo, about: dict[str, Any]) -> str:
+    if about["allowed"]:
+        return str(about["allowed"])
     if kind is bool:
         return "true or false"
     if isinstance(kind, type) and issubclass(kind, Enum):
         return "one of " + ", ".join(str(choice.value) for choice in kind)
     low = next(limit.ge for limit in info.metadata if isinstance(limit, Ge))
     high = next(limit.le for limit in info.metadata if isinstance(limit, Le))
-    return f"a {'whole ' if kind is int else ''}number from {low:,} to {high:,}"
+    unit = f", in {about['unit']}" if about["unit"] else ""
+    return f"a {'whole ' if kind is int else ''}number from {low:,} to {high:,}{unit}"
 
 
 def _row(field: str, info: FieldInfo) -> Setting:
@@ -82,7 +83,7 @@ def _row(field: str, info: FieldInfo) -> Setting:
         type=_type_name(kind),
         unit=about["unit"],
         default=plain(info.default),
-        allowed=_allowed(kind, info, about["allowed"]),
+        allowed=_allowed(kind, info, about),
         meaning=info.description or "",
         secret=about["secret"],
         wrong=about["wrong"],
@@ -91,3 +92,5 @@ def _row(field: str, info: FieldInfo) -> Setting:
 
 SETTINGS: tuple[Setting, ...] = tuple(_row(field, info) for field, info in Settings.model_fields.items())
 BY_FIELD: Mapping[str, Setting] = {row.field: row for row in SETTINGS}
+ENVIRONMENT_ONLY = frozenset({"rotunda_home"})
+"""Fields that no file and no argument can set, because the files are found through them."""

@@ -165,7 +165,7 @@ def test_ctrl_c_terminates_the_stream_and_keeps_the_partial() -> None:
     answer = {"success": True, "partialResponse": "partial", "tokenCount": 3, "finalStatus": "TERMINATED"}
     server = Server([SESSION, Token("part", 0), KeyboardInterrupt()], httpx.Response(200, json=answer))
     result = server.chat("Hi")
-    assert (result.exit_code, result.stdout) == (130, "part\n")
+    assert (result.exit_code, result.stdout) == (130, "partial\n")
     assert result.stderr == "Stopped; the reply so far is kept (3 tokens).\n"
     assert server.requests[1].url.path == "/api/terminate-stream"
     assert server.sent(1) == {"sessionId": "s-1", "conversationId": "c-1", "reason": "USER_REQUESTED"}
