@@ -61,6 +61,16 @@ def answering(method: Callable[..., Awaitable[Value]]) -> Callable[..., Awaitabl
     return answer
 
 
+async def forever(step: Callable[[], Awaitable[None]], interval_s: float) -> None:
+    """Take ``step`` again and again; a fault in one is logged and ends that one only."""
+    while True:
+        try:
+            await step()
+        except Exception:
+            logger.exception("%s failed", getattr(step, "__qualname__", step))
+        await asyncio.sleep(interval_s)
+
+
 def translate(error: Exception, name: str, provider: str) -> RotundaError:
     """What a failed call to ``name`` means for the one who called."""
     if isinstance(error, RotundaError):

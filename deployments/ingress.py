@@ -71,7 +71,7 @@ class Ingress:
         """End every running reply as terminated by the shutdown; Serve would otherwise wait for the open streams."""
         await self._sessions.close()
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Serve replaces the ingress when it no longer keeps its sessions."""
         if self._ticking.done():
             raise RuntimeError("the sessions' loop has ended") from self._ticking.exception()

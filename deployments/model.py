@@ -17,7 +17,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from deployments.handles import Failure
+from deployments.handles import Failure, forever
 from serve_app.config import ModelArgs, Settings, load
 from serve_app.domain.catalog import ModelInfo, ModelState
 from serve_app.domain.errors import Internal, ModelNotFound, ReplicaRetired, RotundaError
@@ -57,7 +57,7 @@ class ModelReplica:
         self._router: DeploymentHandle[Any] = DeploymentHandle(*ROUTER)
         context = serve.get_replica_context()
         self._application, self._replica_id = context.app_name, str(context.replica_id.unique_id)
-        self._heartbeat = asyncio.get_running_loop().create_task(self._report_forever())
+        self._heartbeat = asyncio.get_running_loop().create_task(forever(self._report, HEARTBEAT_S))
         await self._load()
 
     async def _load(self) -> None:
@@ -135,7 +135,7 @@ class ModelReplica:
         self._retired = True
         await self._report()
 
-    def record_autoscaling_stats(self) -> dict[str, float]:
+    async def record_autoscaling_stats(self) -> dict[str, float]:
         """The two figures of ``deployments.autoscaling``; Serve calls this every ``metrics_interval_s``."""
         leaving = self._retired or self._failure is not None
         return {
@@ -143,7 +143,7 @@ class ModelReplica:
             "floor": float(not self._idle_too_long()),
         }
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Serve replaces the replica when the engine can no longer serve."""
         if self._engine is not None:
             self._engine.check_health()
@@ -168,11 +168,6 @@ class ModelReplica:
         if self._engine is None:
             return ModelState.LOADING
         return ModelState.RETIRING if self._retired else state_from_counters(counters.running, counters.waiting)
-
-    async def _report_forever(self) -> None:
-        while True:
-            await self._report()
-            await asyncio.sleep(HEARTBEAT_S)
 
     async def _report(self) -> None:
         """Tell the router; a router that is away hears the next report."""

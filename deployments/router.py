@@ -15,7 +15,7 @@ from ray.serve import RunTarget
 from ray.serve.handle import DeploymentHandle
 
 from deployments import model as model_deployment
-from deployments.handles import answering, translate
+from deployments.handles import answering, forever, translate
 from serve_app.config import GatewayArgs, ModelArgs, load, read_models
 from serve_app.config.sources import PLATFORM
 from serve_app.domain.catalog import LOCAL_PROVIDER, Catalogue, Entry, ModelInfo, application_name
@@ -57,7 +57,10 @@ class Router:
         self._epoch = time.time_ns()
         self._scanned = asyncio.Event()
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._watch_store()), loop.create_task(self._watch_serve())]
+        self._tasks = [
+            loop.create_task(forever(self._look_at_store, SCAN_S)),
+            loop.create_task(forever(self._look_at_serve, POLL_S)),
+        ]
 
     @answering
     async def admit(self, ask: Ask) -> Admission:
@@ -115,31 +118,20 @@ class Router:
         state, reason = self._fleet.state_of(entry, time.time())
         return {"model": self._catalogue.name_of(entry), "state": state.value, "reason": reason}
 
-    def check_health(self) -> None:
-        """Serve replaces the router when one of its loops has ended."""
-        for task in self._tasks:
-            if task.done():
-                raise RuntimeError("a loop of the router has ended") from task.exception()
-
     async def __del__(self) -> None:
         for task in self._tasks:
             task.cancel()
 
-    async def _watch_store(self) -> None:
-        while True:
-            await self._scan()
-            self._scanned.set()
-            await asyncio.sleep(SCAN_S)
+    async def _look_at_store(self) -> None:
+        await self._scan()
+        self._scanned.set()
 
-    async def _watch_serve(self) -> None:
-        while True:
-            await self._serve.poll()
-            self._rebuild()
-            await asyncio.sleep(POLL_S)
+    async def _look_at_serve(self) -> None:
+        await self._serve.poll()
+        self._rebuild()
 
     async def _refresh(self) -> None:
-        await asyncio.gather(self._scan(), self._serve.poll())
-        self._rebuild()
+        await asyncio.gather(self._look_at_store(), self._look_at_serve())
 
     async def _scan(self) -> None:
         infos = await asyncio.to_thread(self._store.scan, time.time())

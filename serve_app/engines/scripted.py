@@ -357,6 +357,12 @@ def _release(wait: asyncio.Future[None]) -> None:
         wait.set_result(None)
 
 
+def describe(model_id: str) -> ModelInfo:
+    """A model of this engine, which needs no files: it chats, completes, and takes images."""
+    able = frozenset({Capability.CHAT, Capability.COMPLETION, Capability.VISION})
+    return ModelInfo(model_id, "", architecture="scripted", capabilities=able, context_length=1_000_000)
+
+
 def create(info: ModelInfo, options: EngineOptions, on_progress: Progress = no_progress) -> ScriptedEngine:
     """Load as the script says; blocks for ``load_s``.
 
