@@ -89,7 +89,8 @@ def warn(sentences: Iterable[str]) -> None:
 
 def clean(text: str) -> str:
     """Text from elsewhere without the control characters that steer a terminal."""
-    return "".join(char for char in text if char in "\n\t" or char.isprintable() or ord(char) > 0x9F)
+    safe = text.encode("utf-8", "replace").decode("utf-8")
+    return "".join(char for char in safe if char in "\n\t" or char.isprintable() or ord(char) > 0x9F)
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -39,6 +39,8 @@ def _trouble(path: Path) -> str | None:
         return "it is a file"
     except NotADirectoryError:
         return "a part of the path is a file"
+    except UnicodeEncodeError:
+        return "its name is not text"
     except OSError as error:
         return f"it cannot be created ({error.strerror})"
     if not os.access(path, os.R_OK | os.X_OK):

@@ -321,7 +321,10 @@ class Settings(BaseModel):
     def _a_path(cls, value: Path) -> Path:
         if "\0" in str(value):
             raise ValueError("a path cannot hold a NUL character")
-        return value.expanduser()
+        try:
+            return value.expanduser()
+        except RuntimeError:
+            raise ValueError("the user after ~ is unknown") from None
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:

@@ -105,12 +105,15 @@ class _Layers:
 
 
 def _home(environment: Mapping[str, str], problems: list[str]) -> Path:
-    home = Path(environment.get("ROTUNDA_HOME") or ".").expanduser().absolute()
-    if "\0" in str(home) or not home.is_dir():
-        shown = str(home).replace("\0", "?")
-        problems.append(f"ROTUNDA_HOME = {shown!r} (environment): it is not a folder. Allowed: a folder that exists.")
-        return Path.cwd()
-    return home
+    given = environment.get("ROTUNDA_HOME", "").strip() or "."
+    try:
+        home = Path(given).expanduser().absolute()
+        if home.is_dir():
+            return home
+    except (RuntimeError, ValueError, OSError):
+        pass  # an unknown user after ~, a NUL character, a name too long: no folder either
+    problems.append(f"ROTUNDA_HOME = {given!r} (environment): it is not a folder. Allowed: a folder that exists.")
+    return Path.cwd()
 
 
 def _platform(path: Path | None, may_be_missing: bool, problems: list[str]) -> Platform:

@@ -89,9 +89,19 @@ def _database_url(value: SecretUrl) -> SecretUrl:
         path = rest.partition("?")[0]
         if not path.startswith("/") or len(path) < 2 or ":memory:" in path:
             raise ValueError("SQLite needs a file, because several processes share it")
-    elif not urlsplit(f"postgresql://{rest}").path.strip("/"):
+    elif not _database_name(f"postgresql://{rest}"):
         raise ValueError("the name of the database is missing")
     return SecretUrl(f"{driver}://{rest}")
+
+
+def _database_name(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        # The library's words may hold a piece of the password.
+        raise ValueError("this is not an address; special characters of a password are written as %xx") from None
+    return parts.path.strip("/")
 
 
 def _media_types(value: tuple[str, ...]) -> tuple[str, ...]:
