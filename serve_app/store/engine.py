@@ -12,7 +12,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from sqlalchemy import Connection, event, make_url
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -32,9 +32,11 @@ _DRIVERS = {
     "postgresql": "postgresql+asyncpg",
     "postgresql+asyncpg": "postgresql+asyncpg",
 }
-# SQLSTATE classes that say "not now" rather than "not like that": connection, rollback (deadlock), resources,
-# operator intervention (shutdown), lock not available.
-_TRANSIENT_SQLSTATES = ("08", "40", "53", "57", "55P03")
+# What says "not now" rather than "not like that". SQLSTATE: connection, login, no such database, rollback (deadlock),
+# resources, operator intervention (shutdown), lock not available.
+_TRANSIENT_SQLSTATES = ("08", "28", "3D", "40", "53", "57", "55P03")
+# SQLite's primary result codes: busy, locked, input/output, disk full, cannot open, locking protocol.
+_TRANSIENT_SQLITE = {5, 6, 10, 13, 14, 15}
 _WRITES = "rotunda_writes"
 
 _T = TypeVar("_T")
@@ -117,12 +119,13 @@ def translated() -> Iterator[None]:
 
 
 def _is_transient(error: Exception) -> bool:
-    if isinstance(error, OSError | OperationalError | PoolTimeout):
+    if isinstance(error, OSError | PoolTimeout):
         return True
     if not isinstance(error, DBAPIError):
         return False
+    sqlite_code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
     state = getattr(error.orig, "sqlstate", None) or ""
-    return error.connection_invalidated or state.startswith(_TRANSIENT_SQLSTATES)
+    return error.connection_invalidated or sqlite_code in _TRANSIENT_SQLITE or state.startswith(_TRANSIENT_SQLSTATES)
 
 
 class Database:

@@ -78,17 +78,23 @@ class ImageFiles:
         return saved
 
     def _read(self, file_path: str) -> bytes:
+        path = self.path(file_path)
+        if not os.path.isfile(path):
+            raise _missing()
         try:
-            return self.path(file_path).read_bytes()
-        except OSError as error:
+            return path.read_bytes()
+        except FileNotFoundError as error:  # deleted in between
             raise _missing() from error
 
     def _delete(self, file_path: str) -> bool:
         try:
-            self.path(file_path).unlink()
-        except (NotFound, FileNotFoundError, IsADirectoryError):
+            path = self.path(file_path)
+        except NotFound:
             return False
-        return True
+        there = os.path.isfile(path)
+        if there:
+            path.unlink(missing_ok=True)
+        return there
 
 
 def _missing() -> NotFound:

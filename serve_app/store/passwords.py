@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import bcrypt
 from argon2 import PasswordHasher, Type
-from argon2.exceptions import InvalidHashError, VerificationError
+from argon2.exceptions import VerificationError
 
 from serve_app.domain.errors import InvalidInput, RateLimited
 
@@ -89,10 +89,10 @@ def _verify(hash: str | None, secret: bytes) -> Verdict:
         return Verdict(ok, rehash_needed=ok)
     try:
         _HASHER.verify(hash or _NOBODYS_HASH, secret)
-    except InvalidHashError:
-        return _verify(None, secret)
     except VerificationError:
         return Verdict(False, rehash_needed=False)
+    except ValueError:  # no argon2 hash
+        return _verify(None, secret)
     assert hash is not None
     return Verdict(True, rehash_needed=_HASHER.check_needs_rehash(hash))
 

@@ -1,0 +1,146 @@
+"""The engine below the store: SQLite's settings, several processes, cancelled callers, failures in plain words."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from sqlalchemy import func, select, text
+from sqlalchemy.dialects import postgresql, sqlite
+
+from serve_app.domain.conversation import Conversation
+from serve_app.domain.errors import Internal, ProviderUnavailable
+from serve_app.store import Store
+from serve_app.store import engine as engine_module
+from serve_app.store.engine import parse_url
+from serve_app.store.tables import database_ms, messages
+
+WRITER = Path(__file__).with_name("writer_process.py")
+
+
+async def test_sqlite_is_set_up_for_several_processes(store: Store) -> None:
+    async with store._db.read() as connection:
+        found = {
+            name: (await connection.exec_driver_sql(f"PRAGMA {name}")).scalar_one()
+            for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+        }
+    assert found == {"journal_mode": "wal", "synchronous": 1, "foreign_keys": 1, "busy_timeout": 10_000}
+    await store.ping()
+
+
+async def test_reads_go_on_while_a_transaction_writes(store: Store, conversation: Conversation) -> None:
+    async with store._db.write() as connection:
+        await connection.exec_driver_sql("UPDATE conversations SET tab_name = 'changed'")
+        async with asyncio.timeout(2):
+            assert (await store.get_conversation(conversation.id)).tab_name == conversation.tab_name
+    assert (await store.get_conversation(conversation.id)).tab_name == "changed"
+
+
+def test_two_processes_write_one_file(url: str) -> None:
+    """Both add messages to one conversation and race to begin the same replies; nothing is lost, refused or doubled."""
+    writers = [
+        subprocess.Popen(
+            [sys.executable, str(WRITER), url, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for name in ("one", "two")
+    ]
+    for process in writers:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in writers:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    outcomes = [json.loads(process.communicate(timeout=60)[0]) for process in writers]
+    counts = Counter(outcome for process in outcomes for outcome in process["outcomes"])
+    assert counts == {"added": 2 * 60, "begun": 30, "ConversationBusy": 30}
+    keys = {process["signing_key"] for process in outcomes}
+    assert len(keys) == 1
+
+    async def check() -> None:
+        store = await Store.open(url)
+        try:
+            kept = await store.list_messages("shared")
+            for name in ("one", "two"):
+                assert [m.text for m in kept if m.text.startswith(name)] == [f"{name} {n}" for n in range(60)]
+            async with store._db.read() as connection:
+                last = await connection.scalar(select(func.max(messages.c.seq)))
+            assert last == len(kept) == 120
+        finally:
+            await store.close()
+
+    asyncio.run(check())
+
+
+async def test_a_cancelled_caller_leaves_whole_transactions(store: Store, conversation: Conversation) -> None:
+    callers = [asyncio.create_task(store.add_message(conversation.id, str(n), "user")) for n in range(30)]
+    for caller in callers:
+        await asyncio.sleep(0)
+        caller.cancel()
+    results = await asyncio.gather(*callers, return_exceptions=True)
+    assert any(isinstance(result, asyncio.CancelledError) for result in results)
+    await store.add_message(conversation.id, "last", "user")
+    listed = [message.text for message in await store.list_messages(conversation.id)]
+    assert listed == [*(str(n) for n in range(30) if str(n) in listed), "last"]
+    assert store._db._running == set()
+
+
+async def test_closing_waits_for_what_cancelled_callers_left(url: str) -> None:
+    store = await Store.open(url)
+    await store.create_conversation("c", "Tab")
+    caller = asyncio.create_task(store.add_message("c", "hello", "user"))
+    await asyncio.sleep(0)
+    caller.cancel()
+    await store.close()
+    again = await Store.open(url)
+    assert [message.text for message in await again.list_messages("c")] == ["hello"]
+    await again.close()
+
+
+async def test_a_locked_database_is_unavailable_and_worth_another_try(
+    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(engine_module, "SQLITE_BUSY_MS", 50)
+    holder, waiter = await Store.open(url), await Store.open(url)
+    try:
+        async with holder._db.write():
+            started = time.monotonic()
+            with pytest.raises(ProviderUnavailable, match="conversation store cannot be reached") as failure:
+                await waiter.create_conversation("c", "Tab", system_prompt="between us")
+            assert time.monotonic() - started < 5
+        assert failure.value.retryable
+        await waiter.create_conversation("c", "Tab")
+    finally:
+        await holder.close()
+        await waiter.close()
+    assert "database is locked" in caplog.text
+    assert "between us" not in caplog.text
+
+
+async def test_a_fault_of_ours_is_masked_and_logged(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR)
+    content = " ".join(["between", "us"])
+    with pytest.raises(Internal) as failure:
+        async with store._db.read() as connection:
+            await connection.execute(text("SELECT secret FROM nowhere WHERE x = :x"), {"x": content})
+    assert "nowhere" not in failure.value.message
+    assert "no such table: nowhere" in caplog.text
+    assert content not in caplog.text
+
+
+def test_credentials_are_in_no_repr() -> None:
+    url = parse_url("postgres://me:secret@host/db")
+    assert url.drivername == "postgresql+asyncpg"
+    assert "secret" not in repr(url)
+
+
+def test_the_databases_clock_is_asked_in_each_dialect() -> None:
+    assert "julianday" in str(select(database_ms()).compile(dialect=sqlite.dialect()))
+    assert "clock_timestamp()" in str(select(database_ms()).compile(dialect=postgresql.dialect()))

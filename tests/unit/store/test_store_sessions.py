@@ -1,0 +1,280 @@
+"""Stream sessions: one at a time, owned, ended once, and never lost with their owner."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from serve_app.domain.conversation import Conversation, MessageStatus, SessionStatus, TerminationReason
+from serve_app.domain.errors import ConversationBusy, InvalidInput, NotFound
+from serve_app.domain.generation import Timing, Usage
+from serve_app.store import NewImage, NewSession, Progress, Store
+
+USAGE = Usage(10, 3, 2)
+TIMING = Timing(0.1, 0.2, 0.3, 0.4, 1.0)
+PICTURE = NewImage("cat.png", "ab/cat.png", 3, "image/png", "ab")
+
+
+async def expire(store: Store) -> None:
+    """Let every ownership run out, without waiting for it."""
+    async with store._db.write() as connection:
+        await connection.exec_driver_sql("UPDATE stream_sessions SET owned_until_ms = owned_until_ms - 3600000")
+
+
+async def test_a_reply_begins_with_its_message(store: Store, new_session: NewSession) -> None:
+    new = replace(new_session, timeout_ms=30_000, trace_id="t" * 32)
+    begun = await store.begin_reply(new, text="What is this?", images=[PICTURE], message_id="question")
+    assert begun.message == await store.get_message("question")
+    assert [one.filename for one in begun.message.images] == ["cat.png"]
+    session = begun.session
+    assert session == await store.get_session(new.id)
+    assert (session.status, session.provider, session.owner) == (SessionStatus.ACTIVE, "huggingface", "ingress-1")
+    assert (session.timeout_ms, session.trace_id, session.usage, session.timing) == (30_000, "t" * 32, None, None)
+
+
+async def test_a_refused_reply_leaves_no_message(store: Store, new_session: NewSession) -> None:
+    await store.begin_reply(new_session, text="one")
+    with pytest.raises(ConversationBusy) as busy:
+        await store.begin_reply(replace(new_session, id="second"), text="two", images=[PICTURE])
+    assert busy.value.details == {"sessionId": new_session.id}
+    assert [message.text for message in await store.list_messages(new_session.conversation_id)] == ["one"]
+    assert await store.images_referencing(PICTURE.file_path) == []
+
+
+async def test_a_message_whose_id_is_taken_leaves_no_session(store: Store, new_session: NewSession) -> None:
+    await store.add_message(new_session.conversation_id, "one", "user", id="taken")
+    with pytest.raises(InvalidInput, match="message"):
+        await store.begin_reply(new_session, text="two", message_id="taken")
+    with pytest.raises(NotFound):
+        await store.get_session(new_session.id)
+
+
+async def test_a_session_id_is_taken_once(store: Store, new_session: NewSession) -> None:
+    await store.create_conversation("other", "Other")
+    await store.open_session(new_session)
+    with pytest.raises(InvalidInput, match="session"):
+        await store.begin_reply(replace(new_session, conversation_id="other"), text="hello")
+    assert await store.list_messages("other") == []
+    with pytest.raises(NotFound):
+        await store.open_session(replace(new_session, id="s", conversation_id="nowhere"))
+
+
+async def test_of_many_replies_at_once_one_begins(store: Store, new_session: NewSession) -> None:
+    attempts = [store.begin_reply(replace(new_session, id=f"s{n}"), text=f"{n}") for n in range(10)]
+    results = await asyncio.gather(*attempts, return_exceptions=True)
+    begun = [result for result in results if not isinstance(result, BaseException)]
+    assert len(begun) == 1
+    assert [type(result) for result in results].count(ConversationBusy) == 9
+    assert len(await store.list_messages(new_session.conversation_id)) == 1
+
+
+async def test_a_finished_reply_is_a_message(store: Store, new_session: NewSession) -> None:
+    await store.begin_reply(new_session, text="question")
+    done = await store.finish_session(
+        new_session.id,
+        status=SessionStatus.COMPLETED,
+        text="answer",
+        token_count=3,
+        finish_reason="stop",
+        usage=USAGE,
+        timing=TIMING,
+        model="other-model",
+        provider="other",
+    )
+    assert done == await store.get_session(new_session.id)
+    assert (done.status, done.partial_response, done.token_count) == (SessionStatus.COMPLETED, "answer", 3)
+    assert (done.usage, done.timing, done.ended_at is None) == (USAGE, TIMING, False)
+    assert done.message_id is not None
+    reply = await store.get_message(done.message_id)
+    assert (reply.text, reply.sender, reply.status) == ("answer", "llm", MessageStatus.COMPLETE)
+    assert (reply.model, reply.provider) == ("other-model", "other")
+    assert [message.text for message in await store.list_messages(new_session.conversation_id)] == [
+        "question",
+        "answer",
+    ]
+    await store.begin_reply(replace(new_session, id="next"), text="next")
+
+
+async def test_the_first_end_wins(store: Store, new_session: NewSession) -> None:
+    await store.begin_reply(new_session, text="question")
+    ends = await asyncio.gather(
+        store.finish_session(
+            new_session.id,
+            status=SessionStatus.TERMINATED,
+            text="half",
+            token_count=1,
+            termination_reason=TerminationReason.USER_REQUESTED,
+        ),
+        store.finish_session(new_session.id, status=SessionStatus.COMPLETED, text="half and more", token_count=3),
+        store.finish_session(new_session.id, status=SessionStatus.ERROR, error_code="X", error_message="words"),
+    )
+    assert len(set(ends)) == 1
+    assert (ends[0].status, ends[0].termination_reason) == (SessionStatus.TERMINATED, "USER_REQUESTED")
+    assert ends[0].error_code is None
+    messages = await store.list_messages(new_session.conversation_id)
+    assert [(message.text, message.status) for message in messages[1:]] == [("half", MessageStatus.TERMINATED)]
+
+
+@pytest.mark.parametrize(
+    ("status", "saved"),
+    [
+        (SessionStatus.COMPLETED, MessageStatus.COMPLETE),
+        (SessionStatus.TERMINATED, MessageStatus.TERMINATED),
+        (SessionStatus.ERROR, MessageStatus.ERROR),
+    ],
+)
+async def test_a_partial_reply_says_how_it_ended(
+    store: Store, new_session: NewSession, status: SessionStatus, saved: MessageStatus
+) -> None:
+    await store.open_session(new_session)
+    done = await store.finish_session(new_session.id, status=status, text="some", message_id="reply")
+    assert done.message_id == "reply"
+    assert (await store.get_message("reply")).status is saved
+
+
+async def test_an_empty_reply_is_no_message(store: Store, new_session: NewSession) -> None:
+    await store.open_session(new_session)
+    done = await store.finish_session(
+        new_session.id, status=SessionStatus.ERROR, error_code="TIMEOUT", error_message="Too slow."
+    )
+    assert (done.message_id, done.error_code, done.error_message) == (None, "TIMEOUT", "Too slow.")
+    assert await store.list_messages(new_session.conversation_id) == []
+
+
+async def test_a_session_cannot_end_as_active_or_after_its_conversation(store: Store, new_session: NewSession) -> None:
+    await store.open_session(new_session)
+    with pytest.raises(InvalidInput):
+        await store.finish_session(new_session.id, status=SessionStatus.ACTIVE)
+    await store.delete_conversation(new_session.conversation_id)
+    with pytest.raises(NotFound):
+        await store.finish_session(new_session.id, status=SessionStatus.COMPLETED, text="late")
+
+
+async def test_deleting_the_reply_keeps_its_session(store: Store, new_session: NewSession) -> None:
+    await store.begin_reply(new_session, text="question", message_id="question")
+    await store.finish_session(new_session.id, status=SessionStatus.COMPLETED, text="answer")
+    assert await store.delete_messages_after(new_session.conversation_id, "question") == (1, [])
+    assert (await store.get_session(new_session.id)).message_id is None
+
+
+async def test_progress_counts_while_the_session_is_active(store: Store, new_session: NewSession) -> None:
+    await store.open_session(new_session)
+    assert await store.update_session(new_session.id, partial_response="so", token_count=1)
+    assert await store.update_session(new_session.id, model="second", provider="other")
+    now = await store.get_session(new_session.id)
+    assert (now.partial_response, now.token_count, now.model, now.provider) == ("so", 1, "second", "other")
+    await store.finish_session(new_session.id, status=SessionStatus.COMPLETED, text="so far")
+    assert not await store.update_session(new_session.id, partial_response="so far, so late")
+    assert (await store.get_session(new_session.id)).partial_response == "so far"
+
+
+async def test_progress_of_many_sessions_is_one_call(store: Store, new_session: NewSession) -> None:
+    for number in range(3):
+        await store.create_conversation(f"c{number}", "Tab")
+        await store.open_session(replace(new_session, id=f"s{number}", conversation_id=f"c{number}"))
+    await store.finish_session("s0", status=SessionStatus.COMPLETED, text="done")
+    progress = [Progress(f"s{number}", f"text {number}", number) for number in range(3)]
+    assert await store.save_progress([*progress, Progress("unknown", "x", 1)]) == {"s1", "s2"}
+    assert [(await store.get_session(f"s{n}")).partial_response for n in range(3)] == ["done", "text 1", "text 2"]
+    assert await store.save_progress([]) == set()
+
+
+async def test_sessions_are_listed_newest_first(store: Store, new_session: NewSession) -> None:
+    await store.create_conversation("other", "Other")
+    await store.open_session(new_session)
+    await store.finish_session(new_session.id, status=SessionStatus.COMPLETED)
+    await store.open_session(replace(new_session, id="second"))
+    await store.open_session(replace(new_session, id="third", conversation_id="other"))
+
+    async def ids(conversation_id: str | None = None, status: SessionStatus | None = None, limit: int = 9) -> list[str]:
+        return [session.id for session in await store.list_sessions(conversation_id, status, limit)]
+
+    assert await ids() == ["third", "second", new_session.id]
+    assert await ids(limit=1) == ["third"]
+    assert await ids(new_session.conversation_id) == ["second", new_session.id]
+    assert await ids(status=SessionStatus.COMPLETED) == [new_session.id]
+    assert await ids("other", SessionStatus.ACTIVE) == ["third"]
+
+
+async def test_a_termination_reaches_the_owner_once_asked_for(store: Store, new_session: NewSession) -> None:
+    await store.open_session(new_session)
+    assert await store.termination_requests("ingress-1") == {}
+    assert await store.request_termination(new_session.id, TerminationReason.USER_REQUESTED)
+    assert await store.request_termination(new_session.id, "a second thought")
+    assert await store.termination_requests("ingress-1") == {new_session.id: "USER_REQUESTED"}
+    assert await store.termination_requests("ingress-2") == {}
+    await store.finish_session(new_session.id, status=SessionStatus.TERMINATED)
+    assert await store.termination_requests("ingress-1") == {}
+    assert not await store.request_termination(new_session.id, "late")
+    with pytest.raises(NotFound):
+        await store.request_termination("unknown", "why")
+
+
+async def test_ownership_is_renewed_by_its_owner_only(store: Store, new_session: NewSession) -> None:
+    await store.open_session(new_session)
+    assert await store.renew_ownership("ingress-1", [new_session.id, "unknown"]) == {new_session.id}
+    assert await store.renew_ownership("ingress-2", [new_session.id]) == set()
+    assert await store.renew_ownership("ingress-1", []) == set()
+    await expire(store)
+    assert [session.id for session in await store.abandoned_sessions()] == [new_session.id]
+    await store.renew_ownership("ingress-1", [new_session.id], ttl_s=5)
+    assert await store.abandoned_sessions() == []
+    await store.finish_session(new_session.id, status=SessionStatus.COMPLETED)
+    assert await store.renew_ownership("ingress-1", [new_session.id]) == set()
+
+
+async def test_ownership_runs_out_by_the_databases_clock(store: Store, new_session: NewSession) -> None:
+    await store.open_session(replace(new_session, ttl_s=-0.001))
+    assert [session.id for session in await store.abandoned_sessions()] == [new_session.id]
+    await store.renew_ownership("ingress-1", [new_session.id], ttl_s=3600)
+    async with store._db.read() as connection:
+        query = "SELECT owned_until_ms / 1000.0 - strftime('%s', 'now') FROM stream_sessions"
+        assert 3590 < (await connection.exec_driver_sql(query)).scalar_one() < 3602
+
+
+async def test_an_abandoned_session_is_adopted_once(store: Store, new_session: NewSession) -> None:
+    await store.open_session(new_session)
+    assert await store.adopt_session(new_session.id, "ingress-2") is None
+    await expire(store)
+    results = await asyncio.gather(*(store.adopt_session(new_session.id, f"ingress-{n}") for n in (2, 3)))
+    adopted = [session for session in results if session is not None]
+    assert len(adopted) == 1
+    assert adopted[0].owner in ("ingress-2", "ingress-3")
+    assert await store.renew_ownership("ingress-1", [new_session.id]) == set()
+    assert await store.close_abandoned() == []
+
+
+async def test_an_abandoned_session_ends_with_its_partial_saved(store: Store, new_session: NewSession) -> None:
+    await store.begin_reply(new_session, text="question")
+    await store.update_session(new_session.id, partial_response="half an ans", token_count=3)
+    assert await store.close_abandoned() == []
+    await expire(store)
+    closed = await asyncio.gather(store.close_abandoned(), store.close_abandoned())
+    [session] = [session for some in closed for session in some]
+    assert (session.status, session.error_code, session.token_count) == (SessionStatus.ERROR, "PROVIDER_UNAVAILABLE", 3)
+    reply = (await store.last_messages(new_session.conversation_id, 1))[0]
+    assert (reply.id, reply.text, reply.status) == (session.message_id, "half an ans", MessageStatus.ERROR)
+    late = await store.finish_session(new_session.id, status=SessionStatus.COMPLETED, text="half an answer")
+    assert late == session
+
+
+async def test_an_abandoned_session_that_should_stop_is_terminated(store: Store, new_session: NewSession) -> None:
+    await store.open_session(new_session)
+    await store.request_termination(new_session.id, "USER_REQUESTED")
+    await expire(store)
+    [session] = await store.close_abandoned()
+    assert (session.status, session.termination_reason) == (SessionStatus.TERMINATED, "USER_REQUESTED")
+    assert session.error_code is None
+
+
+async def test_a_dead_owner_does_not_keep_its_conversation_busy(
+    store: Store, new_session: NewSession, conversation: Conversation
+) -> None:
+    await store.begin_reply(new_session, text="question")
+    await store.update_session(new_session.id, partial_response="half")
+    await expire(store)
+    await store.begin_reply(replace(new_session, id="next", owner="ingress-2"), text="again")
+    assert (await store.get_session(new_session.id)).status is SessionStatus.ERROR
+    assert [m.text for m in await store.list_messages(conversation.id)] == ["question", "half", "again"]
