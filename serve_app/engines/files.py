@@ -157,13 +157,13 @@ def fingerprint(folder: Folder) -> Fingerprint:
     """
     digest = hashlib.sha256(os.fsencode(folder.path.name))
     newest, names, dangling, outside = 0.0, [], [], []
-    for name, path in _walk(folder.path):
+    for name, entry in _walk(folder.path):
         try:
-            status = os.stat(path)
+            status = entry.stat()
         except FileNotFoundError:
             dangling.append(name)
             continue
-        if os.path.islink(path) and not within(os.path.realpath(path), folder.store):
+        if entry.is_symlink() and not within(os.path.realpath(entry.path), folder.store):
             outside.append(name)
         names.append(name)
         newest = max(newest, status.st_ctime)
@@ -173,8 +173,8 @@ def fingerprint(folder: Folder) -> Fingerprint:
     return Fingerprint(digest.hexdigest()[:16], newest, frozenset(names), tuple(dangling), unfinished, tuple(outside))
 
 
-def _walk(top: Path) -> Iterator[tuple[str, str]]:
-    """Relative names and paths of all files, hidden ones and folders behind links left out."""
+def _walk(top: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Relative names and entries of all files, hidden ones and folders behind links left out."""
     pending, seen = [("", str(top), 0)], 0
     while pending:
         prefix, path, depth = pending.pop()
@@ -189,12 +189,12 @@ def _walk(top: Path) -> Iterator[tuple[str, str]]:
                     if depth < MAX_DEPTH:
                         pending.append((f"{prefix}{entry.name}/", entry.path, depth + 1))
                 else:
-                    yield prefix + entry.name, entry.path
+                    yield prefix + entry.name, entry
 
 
 def _unfinished(folder: Folder) -> tuple[str, ...]:
     found: list[str] = []
-    for place in {folder.path, folder.path / DOWNLOADS, folder.home / "blobs"}:
+    for place in (str(folder.path), f"{folder.path}/{DOWNLOADS}", f"{folder.home}/blobs"):
         try:
             with os.scandir(place) as entries:
                 found += [_clean(entry.name) for entry in entries if entry.name.endswith((".incomplete", ".part"))]
