@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve_app.cli.client import Client, ConnectionLost
+from serve_app.cli.client import Client
 from serve_app.cli.screen import Screen
 from serve_app.cli.sse import ServerEvent
 from serve_app.domain.errors import ProviderError, RotundaError, error_from_dict
@@ -61,17 +61,19 @@ def stream_reply(
     """
     source = client.stream("POST", "/api/stream-message", body)
     for attempt in range(RECONNECTS + 1):
+        delay_s = RECONNECT_DELAY_S
         try:
             _take_all(source, reply, screen)
-        except ConnectionLost:
-            if not reply.session_id or attempt == RECONNECTS:
+        except RotundaError as error:
+            if not reply.session_id or not error.retryable or attempt == RECONNECTS:
                 raise
+            delay_s = error.retry_after_s or delay_s
         if reply.done:
             return
         if not reply.session_id:
             raise ProviderError("The server closed the stream before it began.")
         screen.waiting("the connection broke off; resuming")
-        sleep(RECONNECT_DELAY_S)
+        sleep(delay_s)
         source = client.stream("GET", f"/api/stream-message/{reply.session_id}", after=reply.last_id)
     raise ProviderError("The stream broke off again and again. The server keeps the reply in the conversation.")
 
@@ -129,6 +131,7 @@ def _token(data: dict[str, Any], reply: Reply, screen: Screen) -> None:
 
 def _rewind(data: dict[str, Any], reply: Reply, screen: Screen) -> None:
     """The server's log ends before what was shown: the text from ``offset`` on comes again."""
+    reply.last_id = str(data.get("seq", reply.last_id))
     kept = reply.text[: int(data.get("offset", len(reply.text)))]
     if kept != reply.text:
         reply.text = kept

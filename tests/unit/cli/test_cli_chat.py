@@ -212,6 +212,28 @@ def test_text_beyond_the_log_is_dropped_and_shown_again() -> None:
     assert json.loads(again.chat("Hi", "--json").stdout)["text"] == "Hello"
 
 
+def test_a_server_that_is_not_ready_to_resume_is_asked_again() -> None:
+    busy = {"error": {"code": "PROVIDER_UNAVAILABLE", "message": "Later.", "details": {"retryAfterS": 2}}}
+    rewind = b'event: rewind\ndata: {"seq": 0, "offset": 0}\n\n'
+    server = Server(
+        [SESSION, Token("Hel", 0), httpx.ReadError("x")],
+        httpx.ConnectError("restarting"),
+        httpx.Response(503, json=busy),
+        [rewind, httpx.ReadError("x")],
+        [SESSION, Token("Hello", 0), END],
+    )
+    result = server.chat("Hi", "--json")
+    assert json.loads(result.stdout)["text"] == "Hello"
+    assert server.naps == [1.0, 1.0, 2, 1.0]
+    assert [request.headers.get("last-event-id") for request in server.requests] == [None, "2", "2", "2", "0"]
+
+
+def test_a_session_that_is_gone_is_not_asked_for_again() -> None:
+    gone = {"error": {"code": "NOT_FOUND", "message": "There is no such session.", "retryable": False}}
+    result = Server([SESSION, httpx.ReadError("x")], httpx.Response(404, json=gone)).chat("Hi")
+    assert (result.exit_code, result.stderr) == (2, "There is no such session.\n")
+
+
 def test_resuming_ends_at_some_point() -> None:
     server = Server([SESSION, httpx.ReadError("x")], *([httpx.ReadError("x")] for _ in range(5)))
     result = server.chat("Hi")
