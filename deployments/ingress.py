@@ -106,7 +106,6 @@ def _session_limits(settings: Settings) -> SessionLimits:
         session_timeout_s=settings.stream_session_timeout_ms / 1000,
         max_sessions=settings.max_stream_sessions,
         max_history=settings.max_history_messages,
-        chunk_tokens=settings.hf_stream_chunk_size,
     )
 
 

@@ -168,6 +168,7 @@ def _shut_down() -> None:
     """End the replies first (they are saved as terminated), then Serve: it would wait for open streams."""
     from ray import serve
 
+    logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
     try:
         asyncio.run(_end_streams())
     except Exception as error:

@@ -26,6 +26,7 @@ from serve_app.domain.generation import Accepted, GenerationRequest, Item
 from serve_app.engines import registry
 from serve_app.engines.base import Counters, Engine, EngineOptions
 from serve_app.engines.discovery import discover
+from serve_app.engines.frames import gather
 from serve_app.telemetry.logs import set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -96,14 +97,14 @@ class ModelReplica:
     def _on_progress(self, phase: str, fraction: float) -> None:
         self._progress = fraction if phase == "weights" else self._progress
 
-    async def generate(self, request: GenerationRequest, epoch: int) -> AsyncIterator[list[Item] | Failure]:
-        """Yield what the engine yields, as lists of items; an error comes as a last :class:`Failure`."""
+    async def generate(self, request: GenerationRequest, epoch: int) -> AsyncIterator[tuple[Item, ...] | Failure]:
+        """Yield what the engine yields, several items in a message when several are ready; an error comes last."""
         started = time.monotonic()
         self._last_used = time.time()
         try:
-            async with aclosing(self._serve(request)) as items:
-                async for item in items:
-                    yield [item]
+            async with aclosing(gather(self._serve(request), self._settings.hf_stream_chunk_size)) as messages:
+                async for message in messages:
+                    yield message
         except RotundaError as error:
             yield Failure(error.to_dict())
         except Exception:

@@ -73,7 +73,6 @@ class SessionLimits:
     session_timeout_s: float = 600.0
     max_sessions: int = 1000
     max_history: int = 200
-    chunk_tokens: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +127,6 @@ class LiveReply:
         self._limits = limits
         self._parts: list[str] = []
         self._length = 0
-        self._held: list[Delta] = []
         self._generation: asyncio.Task[Any] | None = None
         self._grace: asyncio.TimerHandle | None = None
 
@@ -166,20 +164,12 @@ class LiveReply:
             self._readers_changed(0)
 
     def add(self, delta: Delta) -> None:
-        """Take a delta; the first at once, the others in groups of at most ``chunk_tokens`` tokens."""
-        self._held.append(delta)
-        self.token_count += max(1, len(delta.token_ids))
-        held = sum(max(1, len(item.token_ids)) for item in self._held)
-        if held >= self._limits.chunk_tokens or not self._parts:
-            self.flush()
-
-    def flush(self) -> None:
-        text = "".join(delta.text for delta in self._held)
-        self._held.clear()
-        if text:
-            self.stream.append(Token(text, self._length))
-            self._parts.append(text)
-            self._length += len(text)
+        """Pass a delta on at once, and count its tokens."""
+        self.token_count += len(delta.token_ids)
+        if delta.text:
+            self.stream.append(Token(delta.text, self._length))
+            self._parts.append(delta.text)
+            self._length += len(delta.text)
 
     def leave_alone(self) -> None:
         if self._grace is not None:
@@ -459,7 +449,6 @@ class Sessions:
 
     async def _finish(self, reply: LiveReply, completed: Completed | None, failure: RotundaError | None) -> None:
         """Record the end, then tell it; a store that does not answer is asked again before the client hears of it."""
-        reply.flush()
         try:
             row = await self._record(reply, completed, failure)
         except RotundaError as error:

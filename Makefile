@@ -1,0 +1,54 @@
+# The commands of the project; CONTRACTS: serve, test, check, bench. PYTHON picks the interpreter (3.11 or newer),
+# TORCH_INDEX another package index for torch (for instance one with CUDA builds).
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= serve_config.yaml
+TORCH_INDEX ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve test check format models clean
+
+help:  ## list the commands
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Rotunda needs Python 3.11 or newer; say which with PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+install: $(VENV)/installed  ## create the virtual environment
+
+serve: $(VENV)/installed  ## run everything on this machine until Ctrl-C
+	@exec $(BIN)/python -m deployments.local $(CONFIG)
+
+test: $(VENV)/installed-dev  ## run the whole test suite
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+check: $(VENV)/installed-dev  ## formatter, linter, types, import contracts, docs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_architecture.py
+
+format: $(VENV)/installed-dev  ## let the formatter and the linter mend what they can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+models: $(VENV)/installed  ## train the two shipped models again (under an hour)
+	$(BIN)/python models/train.py all
+
+clean:  ## remove what was built
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info

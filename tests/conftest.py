@@ -1,0 +1,42 @@
+"""Fixtures of every suite. The cluster is started once, when the first test asks for it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.cluster import MODELS, Cluster, model_application, wait_until
+
+LAST = ("tests/serve", "tests/e2e")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The suites that share the cluster run last, and what ends or starts clusters of its own at the very end."""
+
+    def rank(item: pytest.Item) -> int:
+        path = item.path.as_posix()
+        return 2 if item.get_closest_marker("own_cluster") else int(any(folder in path for folder in LAST))
+
+    items.sort(key=rank)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The whole product on a Ray cluster: two ingresses, the shipped models, and two scripted ones."""
+    applications = [
+        model_application("model-tiny-chat", model="rotunda/tiny-chat"),
+        model_application("model-tiny-vision", model="rotunda/tiny-vision"),
+        model_application("model-scripted", model="test/scripted", engine="scripted", options={"tokens": 8}),
+        model_application("model-slow", model="test/slow", engine="scripted", options={"tokens": 500, "pace": 0.02}),
+    ]
+    made = Cluster(tmp_path_factory.mktemp("cluster"), applications)
+    shutil.copytree(MODELS / "rotunda", made.models / "rotunda")
+    made.start()
+    try:
+        wait_until(lambda: httpx.get(f"{made.url}/ready", timeout=30).status_code == 200, 30, what="/ready")
+        yield made
+    finally:
+        assert made.stop() == 0, made.log
