@@ -21,7 +21,6 @@ from serve_app.domain.catalog import LOCAL_PROVIDER, application_name
 
 NEVER_SECRETS = "Secrets never stand in args; give the name of an environment variable or file that holds it"
 OptionValue = bool | int | float | str | None
-_MODEL_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$", re.ASCII)
 _NAME = re.compile(r"^[a-z0-9][a-z0-9_-]{0,47}$")
 
 
@@ -106,8 +105,10 @@ class ModelArgs(Args):
     @field_validator("model")
     @classmethod
     def _an_id(cls, value: str) -> str:
-        if not _MODEL_ID.match(value) or ".." in value:
-            raise ValueError("it must be an id such as org/name (letters, digits, dot, dash, underscore)")
+        # Ids are names of folders: they may hold more than Hugging Face allows, but nothing that a path obeys.
+        parts = value.split("/")
+        if any(part in ("", ".", "..") or part != part.strip() or not part.isprintable() for part in parts):
+            raise ValueError("it must be an id such as org/name, as `rotunda models --local` lists them")
         return value
 
     @field_validator("num_gpus")

@@ -22,6 +22,11 @@ def test_a_model_needs_only_its_id() -> None:
     assert not args.stays
 
 
+@pytest.mark.parametrize("model", ["name", "org/name:tag", "org/sub/name", "org/Größe 2", "org/a.b-c_d"])
+def test_ids_are_those_that_folders_can_have(model: str) -> None:
+    assert ModelArgs(model=model).application_name == application_name(model)
+
+
 def test_engine_options_carry_everything_an_engine_may_know() -> None:
     args = ModelArgs(
         model="org/name", num_cpus=2, max_concurrency=3, max_queue=4, dtype="bfloat16", context_length=5, max_tokens=6,
@@ -36,8 +41,10 @@ def test_engine_options_carry_everything_an_engine_may_know() -> None:
     [
         ({}, "args: model is missing."),
         ({"model": "../etc"}, "it must be an id such as org/name"),
-        ({"model": "a/b/c"}, "it must be an id such as org/name"),
+        ({"model": "/a/b"}, "it must be an id such as org/name"),
         ({"model": "a/.."}, "it must be an id such as org/name"),
+        ({"model": "a/b\n"}, "it must be an id such as org/name"),
+        ({"model": ""}, "it must be an id such as org/name"),
         ({"modle": "a/b"}, "modle is unknown; did you mean model?"),
         ({"engine": "Scripted!"}, "engine = 'Scripted!'"),
         ({"num_cpus": 0}, "num_cpus = 0: it must be greater than or equal to 1"),
