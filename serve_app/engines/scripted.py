@@ -167,10 +167,10 @@ def read_directives(script: Script, message: Message) -> Script:
 
 def reply_pieces(script: Script, message: Message) -> Callable[[int], str]:
     """The text of token ``n``."""
-    words = re.findall(r"\S+\s*", _source(script, message))
+    words = re.findall(r"\s*\S+(?:\s+\Z)?", _source(script, message))
     if not words:
         return lambda n: f" word{n}" if n else "word0"
-    seam = "" if words[-1][-1].isspace() else " "
+    seam = "" if words[-1][-1].isspace() or words[0][0].isspace() else " "
     return lambda n: (seam if n and n % len(words) == 0 else "") + words[n % len(words)]
 
 
