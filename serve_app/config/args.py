@@ -201,7 +201,8 @@ class RemoteArgs(Args):
         return self
 
 
-def _provider_name(value: str) -> str:
+def provider_name(value: str) -> str:
+    """A valid name of a remote provider, else ``ValueError``."""
     if not _NAME.match(value):
         raise ValueError("it must be lower-case letters, digits, dash or underscore, 48 at most")
     if value == LOCAL_PROVIDER:
@@ -221,7 +222,7 @@ class UpstreamArgs(RemoteArgs):
     max_ongoing_requests: int = Field(default=1000, ge=1, le=100_000)
     """Requests that a replica forwards at once."""
 
-    _name = field_validator("provider")(_provider_name)
+    _name = field_validator("provider")(provider_name)
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

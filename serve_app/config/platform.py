@@ -14,11 +14,12 @@ from serve_app.config.args import (
     OptionValue,
     RemoteArgs,
     UpstreamArgs,
-    _provider_name,
     check_overrides,
+    provider_name,
 )
 from serve_app.config.report import invalid, problems_of
 from serve_app.config.values import Bytes
+from serve_app.domain.errors import InvalidConfig
 
 AnyArgs = TypeVar("AnyArgs", bound=Args)
 
@@ -40,7 +41,7 @@ class ProviderArgs(RemoteArgs):
     name: str
     """Name of the provider, as in ``provider/model``."""
 
-    _name = field_validator("name")(_provider_name)
+    _name = field_validator("name")(provider_name)
 
     def upstream(self) -> UpstreamArgs:
         """The arguments of the application that serves it."""
@@ -130,8 +131,8 @@ def read_models(folder: Path) -> dict[str, ModelArgs]:
     for path in sorted(folder.glob("*.yaml")):
         try:
             args = read_file(path, ModelArgs)
-        except Exception as error:
-            problems.extend(getattr(error, "details", {}).get("problems", [str(error)]))
+        except InvalidConfig as error:
+            problems.extend(error.details["problems"])
             continue
         if args.model in found:
             problems.append(f"{path}: another file already holds {args.model}.")

@@ -11,7 +11,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from pydantic import SecretStr, ValidationError
 
 from serve_app.config.args import NEVER_SECRETS
@@ -130,17 +130,25 @@ def _dotenv(path: Path | None, may_be_missing: bool, problems: list[str]) -> dic
     if path is None or (may_be_missing and not path.exists()):
         return {}
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
         problems.append(f"{path}: the file cannot be read as UTF-8 text.")
         return {}
-    return parse_dotenv(text)
+    found, odd = parse_dotenv(text)
+    # Its text is left out: it may be a key.
+    problems.extend(f"{path}: line {line} is not NAME=value." for line in odd)
+    return found
 
 
-def parse_dotenv(text: str) -> dict[str, str]:
-    """The variables of a ``.env`` file; ``$`` is not expanded, so that keys may hold it."""
-    found = dotenv_values(stream=StringIO(text), interpolate=False)
-    return {name: value for name, value in found.items() if value is not None}
+def parse_dotenv(text: str) -> tuple[dict[str, str], list[int]]:
+    """The variables of a ``.env`` file, and the numbers of the lines that are none.
+
+    ``$`` is not expanded, so that keys may hold it.
+    """
+    bindings = list(parse_stream(StringIO(text)))
+    found = {each.key: each.value for each in bindings if each.key is not None and each.value is not None}
+    odd = [each.original.line for each in bindings if each.error or (each.key is not None and each.value is None)]
+    return found, odd
 
 
 def _ours(variables: Mapping[str, str]) -> dict[str, str]:

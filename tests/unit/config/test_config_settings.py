@@ -114,6 +114,14 @@ def test_the_env_file_is_not_exported_and_dollars_stay(home: Path) -> None:
     assert "MAX_QUEUE_SIZE" not in os.environ
 
 
+@pytest.mark.parametrize("line", ["hunter2", "API_KEYS hunter2", "API_KEYS='hunter2", "=hunter2"])
+def test_a_line_of_the_env_file_that_means_nothing_is_reported(line: str, home: Path) -> None:
+    (home / ".env").write_text(f"\ufeff# keys\n\nHEARTBEAT_MS=900\n{line}\nMAX_QUEUE_SIZE=9\n")
+    report = report_of({})
+    assert "line 4 is not NAME=value" in report
+    assert "hunter2" not in report
+
+
 def test_named_files_must_exist_and_default_ones_need_not(home: Path) -> None:
     assert load({}).platform.max_deployed == 32
     assert "other.yaml: the file cannot be read" in report_of({}, platform=Path("other.yaml"))
