@@ -199,6 +199,7 @@ class Gateway:
                     return
                 except RotundaError as error:
                     self._leases.clear()
+                    error.provider = error.provider or candidate.entry.provider
                     if record.first is not None or isinstance(error, InvalidInput):
                         raise
                     failures += 1
