@@ -165,6 +165,10 @@ class LocalPlatform:
         """The URL of a real server for this application, which ends with the platform."""
         return await self._stack.enter_async_context(serving(self.app))
 
+    async def connect(self, **headers: str) -> httpx.AsyncClient:
+        """A client of such a server: it sees chunks as they come, and may leave."""
+        return httpx.AsyncClient(base_url=await self.serve(), headers=headers, timeout=30)
+
     async def close(self) -> None:
         await self.services.sessions.close()
         await self._stack.aclose()
@@ -197,7 +201,6 @@ async def build_services(
         "image_storage_path": tmp_path / "images",
         "default_model": infos[0].id,
         "stream_tick_ms": 10,
-        "hf_stream_chunk_size": 1,
         **settings,
     }
     values = Settings(**known)
@@ -227,7 +230,6 @@ def _session_limits(settings: Settings) -> SessionLimits:
         session_timeout_s=settings.stream_session_timeout_ms / 1000,
         max_sessions=settings.max_stream_sessions,
         max_history=settings.max_history_messages,
-        chunk_tokens=settings.hf_stream_chunk_size,
     )
 
 
@@ -260,7 +262,7 @@ async def serving(app: FastAPI) -> AsyncIterator[str]:
     )
     server = _Server(config)
     running = asyncio.get_running_loop().create_task(server.serve())
-    while not server.started:
+    while not server.started:  # noqa: ASYNC110 - uvicorn has no event to wait for
         await asyncio.sleep(0.01)
     try:
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
