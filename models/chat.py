@@ -125,7 +125,7 @@ def write_card(
     scores: dict[str, float],
     core_minutes: float,
     seed: int,
-    recipe: tuple[chat_train.Stage, ...],
+    recipe: tuple[chat_train.Phase, ...],
     short: int = 400,
     long: int = 300,
 ) -> None:
@@ -134,7 +134,7 @@ def write_card(
         f"| {skill} | {question} | {answer} | {scores[skill]:.1%} | {scores[f'{skill}/long']:.1%} |"
         for skill, (question, answer) in EXAMPLES.items()
     ]
-    stages = [f"{stage.steps} steps of {stage.batch} × {stage.length} tokens" for stage in recipe]
+    stages = [_described(stage) for phase in recipe for stage in phase.stages]
     card = CARD.format(
         parameters=model.num_parameters(),
         history=chat_eval.LONG_HISTORY,
@@ -150,7 +150,18 @@ def write_card(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _shortened(minutes: float) -> tuple[chat_train.Stage, ...]:
-    steps = sum(stage.steps for stage in chat_train.RECIPE)
+def _described(stage: chat_train.Stage) -> str:
+    shapes = [f"{shape.batch} × {shape.length}" for shape in dict.fromkeys(stage.shapes)]
+    return f"{stage.steps:,} steps of {' or '.join(shapes)} tokens"
+
+
+def _shortened(minutes: float) -> tuple[chat_train.Phase, ...]:
+    steps = sum(phase.steps for phase in chat_train.RECIPE)
     share = min(1.0, minutes * 60 / (steps * CORE_SECONDS_PER_STEP))
-    return tuple(dataclasses.replace(stage, steps=max(1, int(stage.steps * share))) for stage in chat_train.RECIPE)
+    return tuple(
+        dataclasses.replace(
+            phase,
+            stages=tuple(dataclasses.replace(stage, steps=max(1, int(stage.steps * share))) for stage in phase.stages),
+        )
+        for phase in chat_train.RECIPE
+    )

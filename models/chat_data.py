@@ -430,6 +430,10 @@ PERSONA_SYSTEMS = (
     "Be brief. You are {}.",
 )
 
+SYSTEM_SHARES = (0.4, 0.2, 0.4)
+FAR_SYSTEM_SHARES = (0.2, 0.15, 0.65)
+ASKING_KINDS = ("ask_name", "persona")
+
 
 def _persona(rng: random.Random, held_out: bool) -> str:
     while True:
@@ -458,12 +462,16 @@ def draw_system(rng: random.Random, held_out: bool, kind: str) -> tuple[str | No
     return rng.choice(PERSONA_SYSTEMS).format(persona), persona
 
 
-def _system_kind(rng: random.Random) -> str:
-    return rng.choices(("none", "plain", "persona"), (0.4, 0.2, 0.4))[0]
+def _system_kind(rng: random.Random, shares: tuple[float, float, float]) -> str:
+    return rng.choices(("none", "plain", "persona"), shares)[0]
 
 
 def training_conversation(
-    rng: random.Random, weights: dict[str, float], fits: Callable[[Turn], bool], longest_count: int
+    rng: random.Random,
+    weights: dict[str, float],
+    fits: Callable[[Turn], bool],
+    longest_count: int,
+    longest_quiet: int = 0,
 ) -> Conversation:
     """A conversation of the training side that goes on for as long as its turns fit.
 
@@ -475,20 +483,23 @@ def training_conversation(
         weights: How often each kind of turn is drawn.
         fits: Accounts for a turn; false ends the conversation.
         longest_count: Longest stretch of numbers to count.
+        longest_quiet: If given, nobody asks for a name in up to so many first turns; then both names are asked for.
     """
-    system, persona = draw_system(rng, False, _system_kind(rng))
+    far = longest_quiet > 0
+    system, persona = draw_system(rng, False, _system_kind(rng, FAR_SYSTEM_SHARES if far else SYSTEM_SHARES))
     speaker = Speaker(persona=persona)
     mixture = {kind: weights[kind] * math.exp(rng.gauss(0.0, 0.7)) for kind in KINDS}
-    mixture["tell_name"] *= rng.choice((0.0, 0.25, 1.0))
+    mixture["tell_name"] *= rng.choice((0.0, 0.0, 0.25) if far else (0.0, 0.25, 1.0))
     turns: list[Turn] = []
-    quiet_turns = rng.choice((0, 0, 0, 3, 6, 12, 25))
-    if rng.random() < 0.45:
+    quiet_turns = rng.randint(1, longest_quiet) if far else rng.choice((0, 0, 0, 3, 6, 12, 25))
+    due = rng.sample(ASKING_KINDS, 2) if far else []
+    if rng.random() < (0.8 if far else 0.45):
         turns.append(tell_name_turn(rng, False, speaker))
         fits(turns[0])
     while True:
-        asks_late = len(turns) < quiet_turns
-        odds = [0.0 if asks_late and kind in ("ask_name", "persona") else mixture[kind] for kind in KINDS]
-        kind = rng.choices(KINDS, odds)[0]
+        quiet = len(turns) < quiet_turns
+        odds = [0.0 if quiet and kind in ASKING_KINDS else mixture[kind] for kind in KINDS]
+        kind = due.pop() if due and not quiet else rng.choices(KINDS, odds)[0]
         if kind == "count":
             turn = count_turn(rng, False, speaker, rng.choice((12, 40, longest_count)))
         else:
@@ -537,7 +548,11 @@ def held_out_conversation(
         length: Tokens of one turn.
         longest_count: Longest stretch of numbers to count in the last turn.
     """
-    kind = rng.choices(("none", "persona", "plain"), (0.1, 0.8, 0.1))[0] if skill == "persona" else _system_kind(rng)
+    kind = (
+        rng.choices(("none", "persona", "plain"), (0.1, 0.8, 0.1))[0]
+        if skill == "persona"
+        else _system_kind(rng, SYSTEM_SHARES)
+    )
     system, persona = draw_system(rng, True, kind)
     speaker = Speaker(persona=persona)
     turns: list[Turn] = []

@@ -24,6 +24,9 @@ LOG_EVERY = 50
 # Counting writes by far the most tokens and is soon sure of most of them.
 TOKEN_WEIGHT = {"count": 0.25}
 RESULT_WEIGHT = 3.0
+COUNT_END_WEIGHT = 2.0
+FAR_DISTANCE = 200
+TOKENS_PER_TURN = 40
 # How often a kind of turn is drawn at least, relative to the others, however small its error has become.
 BASE_SHARE = {
     "add": 0.6,
@@ -55,11 +58,20 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """Stages that share optimizers and one course of the learning rate, which falls over the last ``decay_share``."""
+    """Stages that share optimizers and one course of the learning rate.
+
+    Attributes:
+        stages: What the steps see, in order.
+        peak_rate: Learning rate after the warm-up.
+        falls: The steps at which the rate leaves the peak and would reach zero; none for a plateau to the end.
+        far_share: Share of conversations that ask for a name only after many turns. If there are any, the tokens that
+            decide such an answer and the end of a count weigh more.
+    """
 
     stages: tuple[Stage, ...]
     peak_rate: float
-    decay_share: float
+    falls: tuple[int, int] | None = None
+    far_share: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -74,18 +86,22 @@ class Phase:
 
     def rate(self, step: int) -> float:
         """Warm-up, a plateau, then a straight line down."""
-        falling = (self.steps - step) / (self.decay_share * self.steps) if self.decay_share else 1.0
+        falling = (self.falls[1] - step) / (self.falls[1] - self.falls[0]) if self.falls else 1.0
         return self.peak_rate * min((step + 1) / WARM_UP_STEPS, 1.0, falling)
 
 
+SHORT, MEDIUM, LONG, LONGER, LONGEST = Shape(128, 64), Shape(256, 32), Shape(512, 16), Shape(1024, 8), Shape(2048, 4)
 # Short conversations first: copying is learned an order of magnitude sooner where there is little to choose from. The
-# second phase stretches it to the whole context; every other step stays short, as most conversations are.
+# second phase stretches it to the whole context, the third learns to recall across it. Some steps stay short to the
+# end, as most conversations are.
 RECIPE = (
-    Phase((Stage((Shape(128, 64),), 500), Stage((Shape(256, 32),), 1175)), peak_rate=4e-3, decay_share=0.0),
+    Phase((Stage((SHORT,), 500), Stage((MEDIUM,), 1175)), peak_rate=4e-3),
+    Phase((Stage((LONGEST, SHORT, LONGEST, MEDIUM), 600),), peak_rate=3e-3, falls=(270, 1800)),
     Phase(
-        (Stage((Shape(2048, 4), Shape(128, 64), Shape(2048, 4), Shape(256, 32)), 1800),),
+        (Stage((LONG, LONGER, MEDIUM), 450), Stage((LONGEST, LONG, LONGEST, SHORT), 900)),
         peak_rate=3e-3,
-        decay_share=0.85,
+        falls=(300, 1350),
+        far_share=0.6,
     ),
 )
 
@@ -146,28 +162,46 @@ class Encoder:
         """How many tokens a turn takes."""
         return len(self.message("user", turn.user)) + len(self.message("assistant", turn.assistant))
 
-    def answer_weights(self, kind: str, answer: list[int]) -> list[float]:
-        """Weight of every token of an answer; its role mark is given, so it weighs nothing."""
-        weights = [0.0] + [TOKEN_WEIGHT.get(kind, 1.0)] * (len(answer) - 1)
+    def answer_weights(self, kind: str, answer: list[int], distance: int) -> list[float]:
+        """Weight of every token of an answer; its role mark is given, so it weighs nothing.
+
+        Args:
+            kind: Kind of the turn.
+            answer: Tokens of the answer.
+            distance: Tokens since the name in it was mentioned last; 0 to weigh near and far alike.
+        """
+        weight = TOKEN_WEIGHT.get(kind, 1.0) + distance / FAR_DISTANCE
+        weights = [0.0] + [weight] * (len(answer) - 1)
         if kind == "add":
             result = answer.index(self._equals) + 1
             weights[result:] = [RESULT_WEIGHT] * (len(answer) - result)
         return weights
 
-    def example(self, rng: random.Random, share: dict[str, float], length: int) -> Example:
+    def example(self, rng: random.Random, share: dict[str, float], length: int, far_share: float) -> Example:
         """Draw one training conversation that fills ``length + 1`` tokens; the last turn may be cut."""
         example = Example([], [], [], [])
+        mentions = {"tell_name": 0, "ask_name": 0, "persona": 0}
 
         def fits(turn: chat_data.Turn) -> bool:
             user, assistant = self.message("user", turn.user), self.message("assistant", turn.assistant)
+            distance = len(example.tokens) - mentions[turn.kind] if far_share and turn.kind in mentions else 0
+            weights = self.answer_weights(turn.kind, assistant, 0 if turn.kind == "tell_name" else distance)
+            if far_share and turn.kind == "count":
+                weights[-2:] = [COUNT_END_WEIGHT] * 2
             example.tokens.extend(user + assistant)
-            example.weights.extend([0.0] * len(user) + self.answer_weights(turn.kind, assistant))
+            example.weights.extend([0.0] * len(user) + weights)
             example.kinds.append(turn.kind)
             example.answers.extend([0] * (len(user) + 1) + [len(example.kinds)] * (len(assistant) - 1))
+            if turn.kind in mentions:
+                mentions[turn.kind] = len(example.tokens)
+                if turn.kind != "persona":
+                    mentions["ask_name"] = len(example.tokens)
             return len(example.tokens) <= length
 
         longest_count = min(chat_data.LONGEST_COUNT, max(8, (length - 40) // 4))
-        conversation = chat_data.training_conversation(rng, share, fits, longest_count)
+        # No draw where nothing is far, so that the earlier phases do not depend on this one.
+        longest_quiet = length // TOKENS_PER_TURN if far_share and rng.random() < far_share else 0
+        conversation = chat_data.training_conversation(rng, share, fits, longest_count, longest_quiet)
         system = [] if conversation.system is None else self.message("system", conversation.system)
         example.tokens = (system + example.tokens)[: length + 1]
         example.weights = ([0.0] * len(system) + example.weights)[: length + 1]
@@ -175,9 +209,9 @@ class Encoder:
         return example
 
 
-def draw_batch(encoder: Encoder, rng: random.Random, share: dict[str, float], shape: Shape) -> Batch:
+def draw_batch(encoder: Encoder, rng: random.Random, share: dict[str, float], shape: Shape, far_share: float) -> Batch:
     """Draw the examples of one step."""
-    examples = [encoder.example(rng, share, shape.length) for _ in range(shape.batch)]
+    examples = [encoder.example(rng, share, shape.length, far_share) for _ in range(shape.batch)]
     kinds: list[str] = []
     answers = []
     for example in examples:
@@ -273,7 +307,7 @@ def run_phase(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, phase
         for stepper in steppers:
             for group in stepper.param_groups:
                 group["lr"] = phase.rate(step)
-        batch = draw_batch(encoder, rng, mixture.share(), shape)
+        batch = draw_batch(encoder, rng, mixture.share(), shape, phase.far_share)
         loss, wrong = train_step(model, batch, steppers)
         mixture.update(batch, wrong)
         if step % LOG_EVERY == 0:
