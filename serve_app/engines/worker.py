@@ -240,8 +240,8 @@ class Worker:
         self._outbox.append((job, translate(fault, "generate")))
 
     def _drop(self, job: Job) -> None:
-        self._running.remove(job)
         self._decoder.release(job)
+        self._running.remove(job)
 
     def _end_all(self, error: Callable[[], RotundaError]) -> None:
         while self._line:
