@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from serve_app.store.engine import Database, whole
 from serve_app.store.records import utc_now
-from serve_app.store.tables import conversations, password_attempts, signing_keys
+from serve_app.store.tables import password_attempts, signing_keys
 
 _KEY_BYTES = 32
 _KEY_NAME = "tokens"
@@ -65,10 +65,7 @@ class Security:
         """
         at = now or utc_now()
         async with self._db.write() as connection:
-            # SQLite has one writer anyway; PostgreSQL lets the attempts on one conversation in one by one.
-            await connection.execute(
-                select(conversations.c.id).where(conversations.c.id == conversation_id).with_for_update()
-            )
+            await _queue_up(connection, conversation_id)
             since = at - timedelta(seconds=window_s)
             if await _count(connection, conversation_id, address, since) >= limit:
                 return False
@@ -81,6 +78,12 @@ class Security:
         mine = (attempts.conversation_id == conversation_id) & (attempts.address == address)
         async with self._db.write() as connection:
             await connection.execute(delete(password_attempts).where(mine))
+
+
+async def _queue_up(connection: AsyncConnection, conversation_id: str) -> None:
+    """Let the attempts on one conversation in one by one, until this transaction ends. SQLite has one writer anyway."""
+    if connection.dialect.name == "postgresql":
+        await connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(conversation_id, 0))))
 
 
 async def _count(connection: AsyncConnection, conversation_id: str, address: str, since: datetime) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import Column, Row, bindparam, func, insert, select, update
+from sqlalchemy import Column, Row, bindparam, func, insert, literal_column, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -31,7 +31,8 @@ from serve_app.store.records import (
 from serve_app.store.tables import ACTIVE, database_ms, stream_sessions
 
 _session = stream_sessions.c
-_IS_ACTIVE = _session.status == ACTIVE
+# Spelled out rather than bound: the partial indexes are for exactly this condition, and planners must see it.
+_IS_ACTIVE = _session.status == literal_column(f"'{ACTIVE}'")
 # A session of the chat service never had an owner.
 _IS_EXPIRED = func.coalesce(_session.owned_until_ms, 0) < database_ms()
 

@@ -149,6 +149,19 @@ async def test_messages_page_both_ways(store: Store, conversation: Conversation)
     assert await store.list_messages("nowhere") == []
 
 
+async def test_messages_of_many_conversations_come_at_once(store: Store, conversation: Conversation) -> None:
+    await store.create_conversation("other", "Other")
+    for text in "abc":
+        await store.add_message(conversation.id, text, "user", images=[image(text)])
+        await store.add_message("other", text.upper(), "user")
+    found = await store.messages_of([conversation.id, "other", "nowhere"])
+    assert found[conversation.id] == await store.list_messages(conversation.id)
+    assert found["other"] == await store.list_messages("other")
+    assert found["nowhere"] == []
+    few = await store.messages_of([conversation.id, "other"], limit=2)
+    assert [[message.text for message in some] for some in few.values()] == [["a", "b"], ["A", "B"]]
+
+
 async def test_images_come_with_their_messages_in_one_more_query(store: Store, conversation: Conversation) -> None:
     for number in range(5):
         await store.add_message(conversation.id, "look", "user", images=[image(f"{number}b"), image(f"{number}a")])

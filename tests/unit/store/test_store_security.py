@@ -171,6 +171,14 @@ async def test_five_attempts_a_minute_by_conversation_and_address(store: Store) 
     assert await allowed(after_s=61)
 
 
+async def test_attempts_can_be_forgotten(store: Store) -> None:
+    for address in ("1.2.3.4", "::1"):
+        assert [await store.allow_password_attempt("c", address) for _ in range(6)].count(True) == 5
+    await store.forget_password_attempts("c", "1.2.3.4")
+    assert await store.allow_password_attempt("c", "1.2.3.4")
+    assert not await store.allow_password_attempt("c", "::1")
+
+
 async def test_attempts_at_once_do_not_slip_through(url: str) -> None:
     stores = [await Store.open(url) for _ in range(3)]
     try:

@@ -86,6 +86,7 @@ async def test_a_finished_reply_is_a_message(store: Store, new_session: NewSessi
     assert done == await store.get_session(new_session.id)
     assert (done.status, done.partial_response, done.token_count) == (SessionStatus.COMPLETED, "answer", 3)
     assert (done.usage, done.timing, done.ended_at is None) == (USAGE, TIMING, False)
+    assert done.finish_reason == "stop"
     assert done.message_id is not None
     reply = await store.get_message(done.message_id)
     assert (reply.text, reply.sender, reply.status) == ("answer", "llm", MessageStatus.COMPLETE)
@@ -99,22 +100,34 @@ async def test_a_finished_reply_is_a_message(store: Store, new_session: NewSessi
 
 async def test_the_first_end_wins(store: Store, new_session: NewSession) -> None:
     await store.begin_reply(new_session, text="question")
-    ends = await asyncio.gather(
-        store.finish_session(
-            new_session.id,
-            status=SessionStatus.TERMINATED,
-            text="half",
-            token_count=1,
-            termination_reason=TerminationReason.USER_REQUESTED,
-        ),
-        store.finish_session(new_session.id, status=SessionStatus.COMPLETED, text="half and more", token_count=3),
-        store.finish_session(new_session.id, status=SessionStatus.ERROR, error_code="X", error_message="words"),
+    first = await store.finish_session(
+        new_session.id,
+        status=SessionStatus.TERMINATED,
+        text="half",
+        token_count=1,
+        termination_reason=TerminationReason.USER_REQUESTED,
     )
-    assert len(set(ends)) == 1
-    assert (ends[0].status, ends[0].termination_reason) == (SessionStatus.TERMINATED, "USER_REQUESTED")
-    assert ends[0].error_code is None
+    assert (first.status, first.termination_reason) == (SessionStatus.TERMINATED, "USER_REQUESTED")
+    late = await store.finish_session(new_session.id, status=SessionStatus.ERROR, text="more", error_code="TIMEOUT")
+    assert late == first
     messages = await store.list_messages(new_session.conversation_id)
     assert [(message.text, message.status) for message in messages[1:]] == [("half", MessageStatus.TERMINATED)]
+
+
+async def test_ends_at_once_are_one_end(url: str, store: Store, new_session: NewSession) -> None:
+    await store.open_session(new_session)
+    other = await Store.open(url)
+    ends = await asyncio.gather(
+        *(
+            one.finish_session(new_session.id, status=status, text=f"{status} {number}", token_count=number)
+            for number, one in enumerate((store, other))
+            for status in (SessionStatus.COMPLETED, SessionStatus.TERMINATED, SessionStatus.ERROR)
+        )
+    )
+    await other.close()
+    assert len(set(ends)) == 1
+    [reply] = await store.list_messages(new_session.conversation_id)
+    assert (reply.id, reply.text) == (ends[0].message_id, ends[0].partial_response)
 
 
 @pytest.mark.parametrize(

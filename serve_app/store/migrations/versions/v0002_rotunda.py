@@ -235,7 +235,8 @@ def _utc(value: str | int | float) -> datetime:
 
 def _number_messages() -> None:
     """Number the messages of each conversation as they were written, even within one second."""
-    written = "rowid" if _on_sqlite() else "id"
+    # Where the row lies, which for rows that were never changed is when it came.
+    written = "rowid" if _on_sqlite() else "ctid"
     op.execute(
         "UPDATE messages SET seq = ranked.place FROM (SELECT id AS ranked_id, row_number() OVER "
         f"(PARTITION BY conversation_id ORDER BY timestamp, created_at, {written}) AS place FROM messages) AS ranked "

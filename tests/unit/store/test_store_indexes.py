@@ -1,0 +1,66 @@
+"""Every query finds its rows through an index, however large the tables have become."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import event
+
+from serve_app.domain.conversation import SessionStatus
+from serve_app.store import Cursor, NewImage, NewSession, Store
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+async def use_everything(store: Store) -> None:
+    await store.create_conversation("c", "Tab")
+    await store.list_conversations(before=Cursor(NOW, "x"))
+    await store.list_conversations(before=Cursor(NOW, "x"), include_private=True)
+    await store.message_counts(["c"])
+    await store.update_conversation("c", tab_name="New")
+    await store.add_message("c", "x", "user", id="m", images=[NewImage("a", "a", 1, "image/png", "h", NOW)])
+    await store.list_messages("c", after="m", limit=3)
+    await store.list_messages("c", before="m", limit=3)
+    await store.last_messages("c", 4)
+    await store.get_message("m")
+    await store.images_referencing("a")
+    await store.expired_images(NOW)
+    await store.expire_images(NOW)
+    await use_sessions(store)
+    await store.signing_key()
+    await store.allow_password_attempt("c", "::1")
+    await store.delete_messages_after("c", "m")
+    await store.delete_conversation("c")
+
+
+async def use_sessions(store: Store) -> None:
+    await store.begin_reply(NewSession("s", "c", "m", "p", "me"), text="x")
+    await store.list_sessions("c")
+    await store.list_sessions(status=SessionStatus.COMPLETED)
+    await store.list_sessions("c", SessionStatus.ACTIVE)
+    await store.update_session("s", token_count=1)
+    await store.request_termination("s", "x")
+    await store.termination_requests("me")
+    await store.renew_ownership("me", ["s"])
+    await store.abandoned_sessions()
+    await store.adopt_session("s", "me")
+    await store.close_abandoned()
+    await store.finish_session("s", status=SessionStatus.COMPLETED, text="t")
+
+
+async def test_no_query_scans_a_table(store: Store) -> None:
+    seen: dict[str, Any] = {}
+
+    def remember(connection: Any, cursor: Any, sql: str, values: Any, context: Any, many: bool) -> None:
+        if sql.startswith(("SELECT", "UPDATE", "DELETE")):
+            seen.setdefault(sql, values[0] if many else values)
+
+    event.listen(store._db._engine.sync_engine, "before_cursor_execute", remember)
+    await use_everything(store)
+    event.remove(store._db._engine.sync_engine, "before_cursor_execute", remember)
+    assert len(seen) > 40
+    async with store._db.read() as connection:
+        for sql, values in seen.items():
+            plan = [row.detail for row in await connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}", values)]
+            assert [step for step in plan if step.startswith("SCAN")] == [], sql
