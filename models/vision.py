@@ -48,6 +48,7 @@ IMAGE_TOKENS = (IMAGE_SIDE // PATCH) ** 2
 VOCABULARY = 512
 CONTEXT = 2048
 START, END, END_OF_TEXT, PAD, IMAGE = "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|pad|>", "<image>"
+IMAGE_TOKEN_RMS = 0.15
 IGNORED = -100
 PROMPTS, HISTORY_PROMPTS, HISTORY_TOKENS = 300, 300, 650
 
@@ -151,14 +152,18 @@ class Recipe:
     """How much to train; the defaults are what the committed weights were trained with."""
 
     images: int = 60_000
+    unnamed_images: int = 100_000
     vision_steps: int = 14_000
     vision_batch: int = 32
     vision_rate: float = 1.5e-3
-    short_steps: int = 1_200
-    short_tokens: int = 2_048
-    long_steps: int = 400
-    long_tokens: int = 4_096
     language_rate: float = 2e-3
+    # Steps, tokens per step, and turns per conversation. Binding "first" and "second" to the right image needs many
+    # small steps on short conversations; long ones then cost more per step, and fewer do.
+    phases: tuple[tuple[int, int, tuple[int, int]], ...] = (
+        (2_500, 1_024, (1, 2)),
+        (1_000, 2_048, (1, 6)),
+        (300, 4_096, (4, 26)),
+    )
 
 
 def build_tokenizer(author: Author) -> PreTrainedTokenizerFast:
@@ -266,20 +271,27 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
 class Album:
     """Drawn and resized training images, kept as bytes, with the indices of those that show each scene."""
 
-    def __init__(self, processor: LlavaProcessor, author: Author, count: int) -> None:
-        self.scenes: list[Scene] = []
+    def __init__(self, rng: random.Random, scenes: Sequence[Scene]) -> None:
+        self.scenes = scenes
         self.by_scene: dict[Scene, list[int]] = defaultdict(list)
-        self.pixels = torch.empty(count, 3, IMAGE_SIDE, IMAGE_SIDE, dtype=torch.uint8)
-        choices = vision_data.scenes(held_out=False)
-        for index in range(count):
-            # Round robin rather than at random: every scene gets as many drawings as any other.
-            scene = choices[index % len(choices)]
-            image = vision_data.render(scene, author.rng)
-            # Through the processor's own resize, so that training sees what serving sees.
-            batch = processor.image_processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")
-            self.pixels[index] = batch["pixel_values"][0].to(torch.uint8)
-            self.scenes.append(scene)
+        self.pixels = torch.empty(len(scenes), 3, IMAGE_SIDE, IMAGE_SIDE, dtype=torch.uint8)
+        for index, scene in enumerate(scenes):
+            image = vision_data.render(scene, rng)
+            # The very resize of the pillow image processor, without its cost per call.
+            small = image.resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.BICUBIC)
+            self.pixels[index] = (
+                torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
+                .view(IMAGE_SIDE, IMAGE_SIDE, 3)
+                .permute(2, 0, 1)
+            )
             self.by_scene[scene].append(index)
+
+    @classmethod
+    def of_training(cls, rng: random.Random, recipe: Recipe) -> Album:
+        """The training album: named scenes first, each drawn equally often, then unnamed ones."""
+        choices = vision_data.scenes(held_out=False)
+        named = [choices[index % len(choices)] for index in range(recipe.images)]
+        return cls(rng, named + [vision_data.unnamed_scene(rng) for _ in range(recipe.unnamed_images)])
 
     def batch(self, indices: torch.Tensor) -> torch.Tensor:
         """Normalised pixel values, as the processor would return them."""
@@ -308,7 +320,10 @@ def train_vision_tower(model: LlavaForConditionalGeneration, album: Album, recip
     """Stage 1: teach the tower and the projector to name colour, shape and background in every image token."""
     names = (vision_data.COLOURS, vision_data.SHAPES, vision_data.COLOURS)
     values = [(scene.colour, scene.shape, scene.background) for scene in album.scenes]
-    targets = torch.tensor([[group.index(v) for group, v in zip(names, row, strict=True)] for row in values])
+    # What has no name is not scored.
+    targets = torch.tensor(
+        [[group.index(v) if v in group else IGNORED for group, v in zip(names, row, strict=True)] for row in values]
+    )
     heads = nn.Linear(model.config.text_config.hidden_size, sum(map(len, names)))
     trained = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
     optimizer, schedule = _optimizer([*trained, *heads.parameters()], recipe.vision_rate, recipe.vision_steps)
@@ -335,9 +350,23 @@ def train_vision_tower(model: LlavaForConditionalGeneration, album: Album, recip
 
 
 @torch.no_grad()
-def cache_image_tokens(model: LlavaForConditionalGeneration, album: Album) -> torch.Tensor:
-    """The frozen tower's image tokens for the whole album, in half precision to halve the memory."""
-    chunks = torch.arange(len(album.scenes)).split(256)
+def scale_image_tokens(model: LlavaForConditionalGeneration, album: Album) -> None:
+    """Bring the image tokens to the scale of word embeddings.
+
+    The dropped heads left them some forty times larger, and what attention adds to a token that large (such as which
+    image of the message it belongs to) is lost in the next normalisation.
+    """
+    tokens = _image_tokens(model, album.batch(torch.arange(min(512, len(album.scenes)))))
+    scale = IMAGE_TOKEN_RMS / tokens.square().mean().sqrt()
+    projection = model.model.multi_modal_projector.linear_2
+    projection.weight.mul_(scale)
+    projection.bias.mul_(scale)
+
+
+@torch.no_grad()
+def cache_image_tokens(model: LlavaForConditionalGeneration, album: Album, count: int) -> torch.Tensor:
+    """The frozen tower's image tokens for the album's first `count` images, in half precision to halve the memory."""
+    chunks = torch.arange(count).split(256)
     return torch.cat([_image_tokens(model, album.batch(chunk)).half() for chunk in chunks])
 
 
@@ -421,42 +450,40 @@ def _language_loss(model: LlavaForConditionalGeneration, cache: torch.Tensor, gr
 def train_language_model(
     model: LlavaForConditionalGeneration, cache: torch.Tensor, encode: Encoder, author: Author, recipe: Recipe
 ) -> None:
-    """Stage 2: teach the language model to answer, on short conversations and then on long ones."""
+    """Stage 2: teach the language model to answer, on short conversations first and on long ones last."""
     trained = list(model.model.language_model.parameters())
-    steps = recipe.short_steps + recipe.long_steps
-    optimizer, schedule = _optimizer(trained, recipe.language_rate, steps)
-    phases = (
-        ("short", recipe.short_steps, recipe.short_tokens, (1, 4)),
-        ("long", recipe.long_steps, recipe.long_tokens, (2, 24)),
-    )
-    for name, count, tokens, turns in phases:
-        running: float | None = None
-        for step, group in enumerate(batches(encode, author, count, tokens, turns)):
+    total = sum(steps for steps, _, _ in recipe.phases)
+    optimizer, schedule = _optimizer(trained, recipe.language_rate, total)
+    done, running = 0, math.nan
+    for steps, tokens, turns in recipe.phases:
+        for group in batches(encode, author, steps, tokens, turns):
             loss = _language_loss(model, cache, group)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             schedule.step()
-            running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-            if (step + 1) % 100 == 0:
-                LOGGER.info("%s step %d/%d: loss %.4f", name, step + 1, count, running)
+            done += 1
+            running = loss.item() if math.isnan(running) else 0.98 * running + 0.02 * loss.item()
+            if done % 100 == 0:
+                LOGGER.info("language step %d/%d: loss %.4f", done, total, running)
 
 
 def train(out: pathlib.Path, seed: int, recipe: Recipe | None = None) -> None:
     """Train `tiny-vision` from nothing and write its folder, the measured model card included."""
     recipe = recipe or Recipe()
     started = time.process_time()
+    processor = build_processor(build_tokenizer(Author(random.Random(f"{seed}/tokenizer"), held_out=False)))
+    # Each stage has random streams of its own, so that a change to one leaves the others as they were.
     torch.manual_seed(seed)
-    author = Author(random.Random(seed), held_out=False)
-    processor = build_processor(build_tokenizer(author))
     model = build_model(processor.tokenizer)
-    LOGGER.info("%d parameters", model.num_parameters())
-    album = Album(processor, author, recipe.images)
-    LOGGER.info("drew %d images: CPU %.0f s", recipe.images, time.process_time() - started)
+    album = Album.of_training(random.Random(f"{seed}/album"), recipe)
+    LOGGER.info("drew %d images: CPU %.0f s", len(album.scenes), time.process_time() - started)
     train_vision_tower(model, album, recipe)
+    scale_image_tokens(model, album)
     LOGGER.info("vision tower done: CPU %.0f s", time.process_time() - started)
-    cache = cache_image_tokens(model, album)
+    cache = cache_image_tokens(model, album, recipe.images)
+    author = Author(random.Random(f"{seed}/language"), held_out=False)
     train_language_model(model, cache, Encoder(processor, album, author.rng), author, recipe)
     seconds = time.process_time() - started
     LOGGER.info("training done: CPU %.0f s", seconds)
