@@ -106,6 +106,11 @@ class Prompter:
         check_count(sum(len(message.images) for message in request.messages))
         if sum(len(message.text) for message in request.messages) > MAX_CHARACTERS:
             raise PayloadTooLarge(f"The conversation has more than {MAX_CHARACTERS} characters.")
+        try:
+            for message in request.messages:
+                message.text.encode()
+        except UnicodeEncodeError as fault:  # JSON can carry half a surrogate pair; tokenizers cannot
+            raise InvalidInput("A message holds half a character (a lone surrogate).") from fault
 
     def _render(self, messages: Messages, go_on: bool, picture: Callable[[Image], Any]) -> Rendered:
         if not self.has_template:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import runpy
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +32,7 @@ from serve_app.domain.generation import (
 from serve_app.engines.base import Engine, EngineOptions
 from serve_app.engines.discovery import inspect
 from serve_app.engines.registry import ENGINES, create
+from tests.engine import tiny_models
 
 MakeEngine = Callable[..., Awaitable[Engine]]
 FOREVER = 100_000
@@ -41,9 +40,8 @@ FOREVER = 100_000
 
 @pytest.fixture(scope="session")
 def tiny_chat(tmp_path_factory: pytest.TempPathFactory) -> ModelInfo:
-    builder = runpy.run_path(str(Path(__file__).parents[1] / "engine" / "tiny_models.py"))
     # No end token: the random model must not stop by chance.
-    path = builder["save_causal"](tmp_path_factory.mktemp("store") / "tiny", eos_token_id=None)
+    path = tiny_models.save_causal(tmp_path_factory.mktemp("store") / "tiny", eos_token_id=None)
     return inspect(path, "tiny")
 
 

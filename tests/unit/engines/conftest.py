@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from model_files import LLAMA, WEIGHTS, MakeModel
+
+from tests.unit.engines.model_files import LLAMA, WEIGHTS, MakeModel
 
 
 @pytest.fixture

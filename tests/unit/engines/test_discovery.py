@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from model_files import LLAMA, WEIGHTS, MakeModel, safetensors
 
 from serve_app.domain.catalog import Capability, ModelInfo, Task
 from serve_app.engines.discovery import ModelStore, discover, inspect
+from tests.unit.engines.model_files import LLAMA, WEIGHTS, MakeModel, safetensors
 
 INDEX = "model.safetensors.index.json"
 LLAVA = {"architectures": ["LlavaForConditionalGeneration"], "vision_config": {}}

@@ -7,7 +7,6 @@ import io
 from typing import Any
 
 import pytest
-from model_files import LLAMA, MakeModel
 from PIL import Image as Pillow
 
 from serve_app.domain.catalog import ModelInfo
@@ -25,6 +24,7 @@ from serve_app.engines.discovery import inspect
 from serve_app.engines.faults import Stage, translate
 from serve_app.engines.ledger import Ledger, Line, check_room
 from serve_app.engines.registry import create
+from tests.unit.engines.model_files import LLAMA, MakeModel
 
 
 def test_the_line_goes_by_priority_then_age() -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from model_files import WEIGHTS, safetensors
 
 from serve_app.domain.errors import ModelLoadFailed
 from serve_app.engines.weights import read_header
+from tests.unit.engines.model_files import WEIGHTS, safetensors
 
 
 def write(path: Path, raw: bytes) -> Path:
