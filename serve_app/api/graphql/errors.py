@@ -30,17 +30,10 @@ class Failure:
     message: str
     retryable: bool
     trace_id: str
-    provider: str | None = None
 
     @classmethod
     def of(cls, error: RotundaError, trace_id: str) -> Failure:
-        return cls(
-            code=error.code,
-            message=error.message,
-            retryable=error.retryable,
-            trace_id=trace_id,
-            provider=error.provider,
-        )
+        return cls(code=error.code, message=error.message, retryable=error.retryable, trace_id=trace_id)
 
 
 async def outcome(work: Awaitable[_T], trace_id: str) -> _T | Failure:

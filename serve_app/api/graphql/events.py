@@ -21,7 +21,8 @@ class SessionEvent(StreamEvent):
     session_id: strawberry.ID
     conversation_id: str
     model: str
-    provider: str
+    # As in ErrorEvent: one selection may ask several types for a field only if it has one type in all of them.
+    provider: str | None
     trace_id: str
     context_dropped: int | None = strawberry.field(description="Turns left out of the prompt; null when not known.")
 

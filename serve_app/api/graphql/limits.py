@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 from graphql import (
     DocumentNode,
-    ExecutableDefinitionNode,
     FieldNode,
     FragmentDefinitionNode,
     FragmentSpreadNode,
@@ -70,17 +69,15 @@ class Measure:
         self._sizes: dict[str, Size] = {}
 
     def whole(self) -> Size:
-        """The deepest level of any definition, and the sums of the rest over all of them."""
+        """The deepest level of any operation, and the rest summed over the operations and fragments."""
         total = Size()
         for node in self._document.definitions:
-            if isinstance(node, OperationDefinitionNode | FragmentDefinitionNode):
-                total = total.beside(self._definition(node))
+            if isinstance(node, FragmentDefinitionNode):
+                # Its depth counts where it is spread; the standard rules look at it by itself as well.
+                total = total.beside(replace(self._fragment(node.name.value), depth=0))
+            elif isinstance(node, OperationDefinitionNode):
+                total = total.beside(self._selections(node.selection_set))
         return total
-
-    def _definition(self, node: ExecutableDefinitionNode) -> Size:
-        if isinstance(node, FragmentDefinitionNode):
-            return self._fragment(node.name.value)
-        return self._selections(node.selection_set)
 
     def _fragment(self, name: str) -> Size:
         size = self._sizes.get(name)

@@ -188,7 +188,7 @@ class StreamSession:
     termination_reason: str | None
     error: str | None
     error_code: str | None
-    trace_id: str | None
+    trace_id: str = strawberry.field(description="Empty for a session that the chat service left behind.")
     message_id: str | None = strawberry.field(description="The saved reply, once the session has ended with some text.")
     usage: Usage | None
     timing: Timing | None
@@ -211,7 +211,7 @@ class StreamSession:
             termination_reason=stored.termination_reason,
             error=stored.error_message,
             error_code=stored.error_code,
-            trace_id=stored.trace_id,
+            trace_id=stored.trace_id or "",
             message_id=stored.message_id,
             usage=Usage.of(stored.usage) if stored.usage else None,
             timing=Timing.of(stored.timing) if stored.timing else None,
