@@ -10,13 +10,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from chat_service import CHAT_SERVICE_ROWS, CHAT_SERVICE_TABLES
 from sqlalchemy import create_engine, inspect
 
 from serve_app.domain.conversation import SessionStatus
 from serve_app.domain.errors import ConversationBusy, InvalidConfig
 from serve_app.store import NewSession, Store, migrate
 from serve_app.store.tables import metadata
+
+TABLES = Path(__file__).with_name("chat_service_tables.sql").read_text()
+ROWS = Path(__file__).with_name("chat_service_rows.sql").read_text()
 
 
 def url_of(file: Path) -> str:
@@ -36,7 +38,7 @@ def rows(file: Path, sql: str) -> list[tuple[object, ...]]:
 @pytest.fixture
 def chat_service_file(tmp_path: Path) -> Path:
     file = tmp_path / "chat.db"
-    script(file, CHAT_SERVICE_TABLES + CHAT_SERVICE_ROWS)
+    script(file, TABLES + ROWS)
     return file
 
 
@@ -70,7 +72,7 @@ def test_the_migrations_make_exactly_the_tables_that_the_queries_use(migrated_fi
 def test_down_and_up_again_keeps_the_data(tmp_path: Path) -> None:
     file = tmp_path / "store.db"
     migrate.upgrade(url_of(file), "0001")
-    script(file, CHAT_SERVICE_ROWS)
+    script(file, ROWS)
     before = {table: rows(file, f"SELECT id FROM {table} ORDER BY id") for table in ("messages", "images")}
     for _ in range(2):
         migrate.upgrade(url_of(file))
