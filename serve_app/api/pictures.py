@@ -14,13 +14,19 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import GifImagePlugin, ImageOps, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
 from PIL import Image as Pillow
-from PIL import ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 
 from serve_app.domain.errors import InvalidInput, PayloadTooLarge, UnsupportedMedia
 
-TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "MPO": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
+# Importing a plugin registers its format; a JPEG with several pictures calls itself MPO when it is open.
+TYPES = {
+    PngImagePlugin.PngImageFile.format: "image/png",
+    JpegImageFile.format: "image/jpeg",
+    WebPImagePlugin.WebPImageFile.format: "image/webp",
+    GifImagePlugin.GifImageFile.format: "image/gif",
+}
 # What Pillow's decoders raise for damaged files, beside OSError.
 _DAMAGE = (OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, OverflowError, struct.error, zlib.error)
 _QUALITY = 92
@@ -60,7 +66,7 @@ def clean(data: bytes, filename: str, limits: Limits) -> Picture:
             f"{name} has {len(data) / 1e6:.1f} MB; an image may have {limits.max_bytes / 1e6:g} MB at most."
         )
     picture = _open(data, name, limits)
-    media_type = TYPES[str(picture.format)]
+    media_type = "image/jpeg" if isinstance(picture, JpegImageFile) else TYPES[str(picture.format)]
     warnings = []
     if media_type != "image/jpeg" and getattr(picture, "is_animated", False):
         warnings.append(f"{name} is animated; only its first frame is used.")

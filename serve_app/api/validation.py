@@ -16,7 +16,6 @@ _WORDS = {
     "missing": "{name} is missing",
     "extra_forbidden": "{name} is not a field of this request",
     "string_type": "{name} must be text",
-    "string_unicode": "{name} holds characters that are not valid Unicode",
     "int_type": "{name} must be a whole number",
     "int_from_float": "{name} must be a whole number",
     "float_type": "{name} must be a number",
@@ -39,9 +38,17 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def parse_json(data: bytes | str, what: str = "The request's body") -> Any:
-    """The JSON value; MalformedRequest for anything that is none, NaN and endless nesting included."""
+    """The JSON value.
+
+    Raises:
+        MalformedRequest: it is none. So are NaN, endless nesting, and halves of characters: nothing could store them.
+    """
     try:
-        return json.loads(data, parse_constant=_refuse_constant)
+        text = data if isinstance(data, str) else data.decode("utf-8-sig")
+        value = json.loads(text, parse_constant=_refuse_constant)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except RecursionError as error:
         raise MalformedRequest(f"{what} is nested too deeply.") from error
     except ValueError as error:

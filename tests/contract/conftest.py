@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import httpx
 import pytest
 
 from tests.doubles import LocalPlatform, build_services
+from tests.pictures import encoded
 
 MakePlatform = Callable[..., Awaitable[LocalPlatform]]
 
@@ -40,3 +42,9 @@ async def api(platform: LocalPlatform) -> AsyncIterator[httpx.AsyncClient]:
     """A client of :func:`platform` without a network."""
     async with platform.client() as client:
         yield client
+
+
+@pytest.fixture
+def png() -> str:
+    """A tiny image as a data URI."""
+    return "data:image/png;base64," + base64.b64encode(encoded("PNG")).decode()
