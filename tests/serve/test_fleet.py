@@ -1,0 +1,185 @@
+"""Models come, go and die on the running cluster."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.cluster import MODELS, Cluster, model_application, wait_until
+from tests.e2e.test_chat import ask, start_and_read
+
+
+def serve_details(cluster: Cluster) -> dict[str, Any]:
+    """Serve's own view of the applications, read from its REST API as an operator would."""
+    token = (Path.home() / ".ray" / "auth_token").read_text().strip()
+    headers = {"Authorization": f"Bearer {token}"}
+    answer = httpx.get(f"{cluster.dashboard_url}/api/serve/applications/", headers=headers, timeout=30)
+    answer.raise_for_status()
+    return dict(answer.json()["applications"])
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def pids(cluster: Cluster) -> dict[str, int]:
+    """The process of every running replica, by application, deployment and replica."""
+    found = {}
+    for name, application in serve_details(cluster).items():
+        for deployment, details in application["deployments"].items():
+            for replica in details["replicas"]:
+                if replica["state"] == "RUNNING":
+                    found[f"{name}/{deployment}/{replica['replica_id']}"] = replica["pid"]
+    return found
+
+
+def test_adding_a_model_application_leaves_every_other_process_alone(cluster: Cluster) -> None:
+    ask(cluster, "What is 17 + 25?")
+    ask(cluster, "anything", "test/scripted")
+    before = pids(cluster)
+    assert len(before) >= 5  # two ingresses, the router, two models
+    added = model_application("model-third", model="test/third", engine="scripted", options={"tokens": 3})
+    cluster.config["applications"].append(added)
+    try:
+        cluster.deploy()
+        assert wait_until(lambda: _answers(cluster, "test/third"), what="the third model") == "word0 word1 word2"
+        after = pids(cluster)
+        assert {name: after.get(name) for name in before} == before
+    finally:
+        cluster.config["applications"].remove(added)
+        cluster.deploy()
+    wait_until(lambda: "model-third" not in serve_details(cluster), what="the third model to go")
+    wait_until(lambda: httpx.get(f"{cluster.url}/api/models/test/third").status_code == 404, what="it to be unlisted")
+    after = pids(cluster)
+    assert {name: after.get(name) for name in before} == before
+
+
+def _answers(cluster: Cluster, model: str) -> str:
+    answer = httpx.post(
+        f"{cluster.url}/v1/chat/completions",
+        json={"model": model, "messages": [{"role": "user", "content": "hi"}]},
+        timeout=60,
+    )
+    return str(answer.json()["choices"][0]["message"]["content"]) if answer.status_code == 200 else ""
+
+
+def test_a_folder_dropped_into_the_store_is_listed_within_5_s_and_answers(cluster: Cluster) -> None:
+    shutil.copytree(MODELS / "rotunda" / "tiny-chat", cluster.models / "acme" / "dropped")
+    dropped = time.monotonic()
+    shown = wait_until(lambda: _listed(cluster, "acme/dropped"), 5, what="the new model to be listed")
+    assert time.monotonic() - dropped <= 5
+    assert (shown["state"], shown["declared"], "chat" in shown["capabilities"]) == ("cold", False, True)
+    assert ask(cluster, "What is 17 + 25?", "acme/dropped").text == "17 + 25 = 42."
+    shutil.rmtree(cluster.models / "acme")
+    wait_until(lambda: not _listed(cluster, "acme/dropped"), what="the model to be unlisted")
+    wait_until(lambda: not [name for name in serve_details(cluster) if "acme" in name], what="its application to go")
+
+
+def _listed(cluster: Cluster, model: str) -> dict[str, Any] | None:
+    items = httpx.get(f"{cluster.url}/api/models", timeout=30).json()["items"]
+    return next((item for item in items if item["name"] == model), None)
+
+
+def test_a_bad_folder_is_listed_with_its_reason_and_refused(cluster: Cluster) -> None:
+    shutil.copytree(MODELS / "rotunda" / "tiny-chat", cluster.models / "acme" / "cut")
+    weights = cluster.models / "acme" / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    try:
+        wait_until(lambda: _listed(cluster, "acme/cut"), 10, what="the bad folder to be listed")
+        body = {"message": "hi", "model": "acme/cut"}
+        answer = httpx.post(f"{cluster.url}/api/stream-message", json=body, timeout=30)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "MODEL_LOAD_FAILED"), answer.text
+        assert ask(cluster, "What is 17 + 25?").text == "17 + 25 = 42."
+    finally:
+        shutil.rmtree(cluster.models / "acme")
+
+
+def test_a_killed_replica_gives_a_typed_error_and_the_next_request_works(cluster: Cluster) -> None:
+    ask(cluster, "[[tokens=1]]", "test/slow")
+    thread, reply = start_and_read(cluster, {"message": "anything", "model": "test/slow"}, tokens=10)
+    victim = cluster.model("test/slow")["pids"][0]
+    os.kill(victim, signal.SIGKILL)
+    thread.join(30)
+    assert reply.names[-1] == "error"
+    error = reply.of("error")
+    assert (error["code"], error["retryable"]) == ("PROVIDER_UNAVAILABLE", True)
+    assert reply.text.startswith("word0 word1 word2")
+
+    query = "query($id: String!) { messages(conversationId: $id) { text sender status } }"
+    body = {"query": query, "variables": {"id": reply.conversation}}
+    stored = httpx.post(f"{cluster.url}/graphql", json=body, timeout=30).json()["data"]["messages"]
+    assert stored == [
+        {"text": "anything", "sender": "user", "status": "complete"},
+        {"text": reply.text, "sender": "llm", "status": "error"},
+    ]
+    again = ask(cluster, "[[tokens=3]]", "test/slow", conversationId=reply.conversation)
+    assert again.text == "word0 word1 word2"
+    assert victim not in cluster.model("test/slow")["pids"]
+
+
+def test_a_replica_killed_before_the_first_byte_is_not_noticed(cluster: Cluster) -> None:
+    ask(cluster, "[[tokens=1]]", "test/slow")
+    victim = cluster.model("test/slow")["pids"][0]
+    os.kill(victim, signal.SIGKILL)
+    assert ask(cluster, "[[tokens=2]]", "test/slow").text == "word0 word1"
+
+
+def test_a_model_is_unloaded_and_comes_back_on_demand(cluster: Cluster) -> None:
+    ask(cluster, "anything", "test/scripted")
+    gone = cluster.model("test/scripted")["pids"][0]
+    assert httpx.post(f"{cluster.url}/api/models/test/scripted/unload", timeout=30).status_code == 200
+    wait_until(lambda: cluster.model("test/scripted")["state"] == "cold", what="the model to be cold")
+    wait_until(lambda: not alive(gone), 10, what="its process to end")
+    assert ask(cluster, "anything", "test/scripted").text == "word0 word1 word2 word3 word4 word5 word6 word7"
+
+
+def test_the_router_comes_back_and_knows_the_fleet_again(cluster: Cluster) -> None:
+    ask(cluster, "anything", "test/scripted")
+    before = cluster.model("test/scripted")["pids"]
+    router = next(pid for name, pid in pids(cluster).items() if name.startswith("gateway/router"))
+    os.kill(router, signal.SIGKILL)
+    wait_until(lambda: _listed_quietly(cluster, "test/scripted").get("pids") == before, 60, what="the router's memory")
+    assert ask(cluster, "anything", "test/scripted").names[-1] == "end"
+
+
+def _listed_quietly(cluster: Cluster, model: str) -> dict[str, Any]:
+    try:
+        return _listed(cluster, model) or {}
+    except (httpx.HTTPError, KeyError):
+        return {}
+
+
+def test_only_loopback_is_listened_on_by_what_speaks_http(cluster: Cluster) -> None:
+    """The API, the replicas' HTTP ports and the dashboard; what else listens is in the README with what to firewall."""
+    for connection in psutil.net_connections("tcp"):
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port in _http_ports(cluster):
+            assert connection.laddr.ip in ("127.0.0.1", "::1"), connection
+
+
+def _http_ports(cluster: Cluster) -> set[int]:
+    # Replicas' direct HTTP ports lie in the range that the launcher sets.
+    ours = {process.pid for process in cluster.processes()}
+    replicas = {
+        connection.laddr.port
+        for connection in psutil.net_connections("tcp")
+        if connection.pid in ours
+        and connection.status == psutil.CONN_LISTEN
+        and 20_000 <= connection.laddr.port < 30_000
+    }
+    assert replicas
+    return replicas | {cluster.port, cluster.dashboard_port}
+
+
+@pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Origin": "http://evil.example"}])
+def test_a_foreign_host_and_a_cross_origin_post_are_refused(cluster: Cluster, headers: dict[str, str]) -> None:
+    body = {"message": "hi", "model": "test/scripted"}
+    answer = httpx.post(f"{cluster.url}/api/stream-message", json=body, headers=headers, timeout=30)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "FORBIDDEN")
