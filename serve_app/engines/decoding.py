@@ -46,6 +46,8 @@ class SoloDecoder:
         takes = inspect.signature(loaded.model.forward).parameters
         self._prefill_extra = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self.cached = True
+        # Qwen-VL and its kin keep the positions of the last prompt's images on the model itself.
+        self.exclusive = any(hasattr(module, "rope_deltas") for module in loaded.model.modules())
 
     @property
     def end_tokens(self) -> frozenset[int]:

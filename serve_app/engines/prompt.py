@@ -10,7 +10,8 @@ engine's description:
     User: <text>
     Assistant:
 
-with ``"\\nUser:"`` as a further stop string.
+with ``"\\nUser:"`` as a further stop string. An encoder-decoder model without a template (T5) was trained on single
+instructions: it reads the system text and the newest message, and cannot continue a reply.
 """
 
 from __future__ import annotations
@@ -58,19 +59,35 @@ class Prompter:
         processor: of a model that sees images, else None.
         context_length: tokens of prompt and reply together; None without a limit.
         max_tokens: of a request that does not say.
+        encoder_decoder: whether the prompt is read by an encoder.
     """
 
-    def __init__(self, tokenizer: Any, processor: Any | None, context_length: int | None, max_tokens: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        processor: Any | None,
+        context_length: int | None,
+        max_tokens: int,
+        encoder_decoder: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
         self._processor = processor
         self._context_length = context_length
         self._max_tokens = max_tokens
+        self._encoder_decoder = encoder_decoder
         side = processor if processor is not None else tokenizer
         self.has_template = bool(getattr(side, "chat_template", None) or getattr(tokenizer, "chat_template", None))
 
+    @property
+    def style(self) -> str:
+        """How conversations are written, for the engine's description."""
+        if self.has_template:
+            return "chat template"
+        plain = "instruction" if self._encoder_decoder else "User/Assistant dialogue"
+        return f"no chat template: plain {plain}"
+
     def __repr__(self) -> str:
-        style = "chat template" if self.has_template else "plain dialogue"
-        return f"Prompter({style}, images={self._processor is not None}, context={self._context_length})"
+        return f"Prompter({self.style}, images={self._processor is not None}, context={self._context_length})"
 
     def build(self, request: GenerationRequest) -> Prompt:
         """The prompt of a request.
@@ -97,10 +114,13 @@ class Prompter:
             max_tokens=request.options.max_tokens or self._max_tokens,
             policy=request.context_policy,
         )
-        stops = request.options.stop if self.has_template else (*request.options.stop, *PLAIN_STOPS)
+        plain_stops = () if self.has_template or self._encoder_decoder else PLAIN_STOPS
+        stops = (*request.options.stop, *plain_stops)
         return Prompt(fitted.prompt.ids, fitted.dropped, fitted.max_tokens, stops, fitted.prompt.inputs)
 
     def _check(self, request: GenerationRequest) -> None:
+        if request.continue_final and self._encoder_decoder:
+            raise CapabilityMissing("This model cannot continue a reply.")
         if request.has_images and self._processor is None:
             raise CapabilityMissing("This model reads text only. Choose one with the capability vision.")
         check_count(sum(len(message.images) for message in request.messages))
@@ -128,12 +148,10 @@ class Prompter:
         try:
             return self._apply(messages, go_on, picture, sanitize_control_tokens=True)
         except (ValueError, NotImplementedError):
-            # This tokenizer makes a control token even of plain text: break it up in what users wrote.
+            # Some tokenizers make a control token even of plain text, and some processors (Idefics3) fail with the
+            # flag: break the tokens up in what users wrote.
             tokens = self._control_tokens()
-            safe = tuple(neutralised(message, tokens) for message in messages)
-            if safe == messages:
-                raise
-            return self._apply(safe, go_on, picture)
+            return self._apply(tuple(neutralised(message, tokens) for message in messages), go_on, picture)
 
     def _apply(self, messages: Messages, go_on: bool, picture: Callable[[Image], Any], **settings: Any) -> Rendered:
         settings |= {"tokenize": True, "return_dict": True, "add_generation_prompt": not go_on}
@@ -145,6 +163,9 @@ class Prompter:
         return _rendered(self._processor.apply_chat_template(chat, return_tensors="pt", **settings))
 
     def _plain(self, messages: Messages, go_on: bool, picture: Callable[[Image], Any]) -> Rendered:
+        if self._encoder_decoder:
+            kept = [message.text for message in messages if message.role is Role.SYSTEM]
+            return _rendered(self._tokenizer("\n\n".join([*kept, messages[-1].text]), split_special_tokens=True))
         if self._processor is None:
             text = plain_dialogue(messages, go_on)
             return _rendered(self._tokenizer(text, split_special_tokens=True))

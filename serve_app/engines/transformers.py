@@ -154,7 +154,13 @@ def create(info: ModelInfo, options: EngineOptions, on_progress: Progress = no_p
         )
     loaded = load(info, options, on_progress)
     info = loaded.info
-    prompter = Prompter(loaded.tokenizer, loaded.processor, context_limit(info, options), _max_tokens(loaded, options))
+    prompter = Prompter(
+        loaded.tokenizer,
+        loaded.processor,
+        context_limit(info, options),
+        _max_tokens(loaded, options),
+        bool(loaded.model.config.is_encoder_decoder),
+    )
     on_progress("warmup", 0.0)
     try:
         decoder = decoding.make(loaded, _canary(loaded.tokenizer, loaded.model))
@@ -167,7 +173,8 @@ def create(info: ModelInfo, options: EngineOptions, on_progress: Progress = no_p
         loaded.dtype if loaded.dtype == info.dtype else f"{loaded.dtype} (the checkpoint has {info.dtype})",
         f"{loaded.attention} attention",
         "a pass per request" if decoder.cached else "no cache (the cached loop differs from generate)",
-        "chat template" if prompter.has_template else "no chat template: plain User/Assistant dialogue",
+        *(["one request at a time"] if decoder.exclusive else []),
+        prompter.style,
     ]
     return TransformersEngine(info, options, prompter, decoder, detokenizers(loaded.tokenizer), ", ".join(parts))
 

@@ -58,6 +58,11 @@ class Job:
 class Decoder(Protocol):
     """The arithmetic. All calls come from the worker's thread."""
 
+    @property
+    def exclusive(self) -> bool:
+        """Whether the model keeps state of a request outside its cache, so that only one may run at a time."""
+        ...
+
     def start(self, job: Job) -> int:
         """Read the prompt; the first token of the reply."""
         ...
@@ -89,7 +94,7 @@ class Worker:
     ) -> None:
         self._decoder = decoder
         self._ledger = ledger
-        self._max_running = max_running
+        self._max_running = 1 if decoder.exclusive else max_running
         self._max_tokens = max_tokens
         self._stall_s = stall_s
         self._line: Line[Job] = Line()

@@ -167,6 +167,20 @@ async def test_cancelling_the_consumer_stops_too(make_engine: MakeEngine) -> Non
     assert_counters_add_up(engine)
 
 
+async def test_a_reply_that_is_simply_left_stops_too(make_engine: MakeEngine) -> None:
+    engine = await make_engine()
+
+    async def leave_early() -> None:
+        async for item in engine.generate(ask(max_tokens=400)):
+            if isinstance(item, Delta):
+                return
+
+    await leave_early()
+    await until(lambda: engine.counters().running == 0)
+    assert engine.counters().cancelled == 1
+    assert_counters_add_up(engine)
+
+
 async def test_one_cancelled_in_the_line_frees_its_place(make_engine: MakeEngine) -> None:
     engine = await make_engine(max_concurrency=1, max_queue=1)
     running = asyncio.create_task(collect(engine, ask(max_tokens=400)))

@@ -13,7 +13,7 @@ import torch
 import transformers
 from PIL import Image as Pillow
 
-from serve_app.domain.errors import GenerationFailed, InvalidInput, UnsupportedMedia
+from serve_app.domain.errors import CapabilityMissing, GenerationFailed, InvalidInput, UnsupportedMedia
 from serve_app.domain.generation import FinishReason, GenerationRequest, Image, Message, Options
 from serve_app.engines import decoding
 from serve_app.engines.transformers import TransformersEngine
@@ -216,6 +216,29 @@ async def test_a_model_with_eyes_answers_as_generate_does(make_engine: Make, ask
     expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0][inputs["input_ids"].shape[1] :].tolist()
     assert reply.accepted.prompt_tokens == inputs["input_ids"].shape[1]
     assert reply.ids == expected[: len(reply.ids)] and len(reply.ids) > 6
+
+
+async def test_a_model_that_cuts_pictures_into_tiles_answers_too(tmp_path: Path, make_engine: Make, ask: Ask) -> None:
+    engine = await make_engine(tiny_models.save_idefics(tmp_path / "m"))
+    plain = await ask(engine, "What is this?")
+    seen = await ask(engine, Message.of("user", "What is this? <image>", (picture("red"), picture("blue"))))
+    assert seen.accepted.prompt_tokens > plain.accepted.prompt_tokens + 8
+    assert seen.finish.usage.completion_tokens > 0
+
+
+async def test_an_encoder_decoder_answers_as_generate_does(tmp_path: Path, make_engine: Make, ask: Ask) -> None:
+    path = tiny_models.save_t5(tmp_path / "m")
+    engine = await make_engine(path)
+    assert "plain instruction" in engine.description
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(path).eval()
+    for text in ("translate: Hello", "The quick brown fox"):
+        ids = engine._prompter.build(GenerationRequest("r", "m", (Message.of("user", text),))).ids
+        expected = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0].tolist()[1:]
+        reply = await ask(engine, "something older", Message.of("assistant", "and its answer"), text)
+        assert expected[: len(reply.ids)] == reply.ids
+        assert reply.finish.usage.completion_tokens == len(expected)
+    with pytest.raises(CapabilityMissing):
+        await ask(engine, "Hello", Message.of("assistant", "Well"), go_on=True)
 
 
 async def test_pictures_matter_and_may_stand_in_the_history(make_engine: Make, ask: Ask) -> None:

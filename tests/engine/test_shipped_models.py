@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image as Pillow
 
 from serve_app.domain.catalog import Capability
-from serve_app.domain.generation import FinishReason, Message
+from serve_app.domain.generation import FinishReason, Image, Message
 from serve_app.engines.base import EngineOptions
 from serve_app.engines.discovery import discover
 from serve_app.engines.transformers import TransformersEngine, create
 
 Ask = Callable[..., Awaitable[Any]]
 STORE = Path(__file__).parents[2] / "models" / "huggingface"
+
+
+def picture() -> Image:
+    buffer = io.BytesIO()
+    Pillow.new("RGB", (64, 64), "red").save(buffer, "PNG")
+    return Image("image/png", buffer.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +40,16 @@ def test_every_shipped_model_is_usable() -> None:
     assert "rotunda/tiny-chat" in {info.id for info in infos}
     assert [info.problem for info in infos] == [None] * len(infos)
     assert all(Capability.CHAT in info.capabilities for info in infos)
+
+
+async def test_every_shipped_model_answers(ask: Ask) -> None:
+    for info in discover(STORE):
+        engine = await asyncio.to_thread(create, info, EngineOptions())
+        images = (picture(),) if Capability.VISION in info.capabilities else ()
+        reply = await ask(engine, Message.of("user", "What do you see?", images), max_tokens=40)
+        assert reply.text.strip() and "\ufffd" not in reply.text
+        assert "no cache" not in engine.description and "chat template" in engine.description
+        await engine.close()
 
 
 async def test_it_ends_its_replies_by_itself(chat: TransformersEngine, ask: Ask) -> None:

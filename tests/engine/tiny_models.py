@@ -84,3 +84,44 @@ def save_llava(path: Path, seed: int = 0) -> Path:
         image_token="<image>", chat_template=CHATML,
     ).save_pretrained(path)  # fmt: skip
     return path
+
+
+def save_t5(path: Path, seed: int = 0) -> Path:
+    """An encoder-decoder without a chat template."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=300, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=4,
+        eos_token_id=2, pad_token_id=4, initializer_factor=5.0,
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(path)
+    tokenizer(None).save_pretrained(path)
+    return path
+
+
+def save_idefics(path: Path, seed: int = 0) -> Path:
+    """An Idefics3, whose processor cuts a picture into tiles."""
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor, LlamaConfig
+    from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    torch.manual_seed(seed)
+    made = tokenizer()
+    names = ["<fake_token_around_image>", "<end_of_utterance>", "<global-img>", *_tiles()]
+    made.add_special_tokens({"additional_special_tokens": [*SPECIAL[:4], *names]})
+    vision = Idefics3VisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    text = LlamaConfig(**(SIZES | {"vocab_size": len(made)}), pad_token_id=4)
+    config = Idefics3Config(vision_config=vision, text_config=text, image_token_id=3, scale_factor=2)
+    model = Idefics3ForConditionalGeneration(config)
+    model.generation_config.update(eos_token_id=2, pad_token_id=4)
+    model.save_pretrained(path)
+    images = Idefics3ImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
+    Idefics3Processor(images, made, image_seq_len=1, chat_template=CHATML).save_pretrained(path)
+    return path
+
+
+def _tiles() -> list[str]:
+    return [f"<row_{row + 1}_col_{column + 1}>" for row in range(6) for column in range(6)]

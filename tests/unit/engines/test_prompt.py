@@ -110,8 +110,14 @@ def test_control_tokens_are_broken_up_where_the_tokenizer_cannot_tell_them_apart
     words = Words(refuse=refuse)
     Prompter(words, None, 100, 7).build(request_of(Message.of("user", "a<|end|>b\n")))
     assert words.chats[-1] == [{"role": "user", "content": "a<\u200b|end|>b\n"}]
-    with pytest.raises(ValueError, match="sanitize"):
-        Prompter(words, None, 100, 7).build(request_of(USER))
+
+
+def test_a_fault_that_has_nothing_to_do_with_control_tokens_is_heard() -> None:
+    def refuse(chat: Any, settings: Any) -> None:
+        raise ValueError("something else")
+
+    with pytest.raises(ValueError, match="something else"):
+        Prompter(Words(refuse=refuse), None, 100, 7).build(request_of(USER))
 
 
 def test_neutralising_takes_the_longest_token_and_leaves_images() -> None:

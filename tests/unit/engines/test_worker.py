@@ -24,6 +24,7 @@ class Puppet:
 
     def __init__(self, free: bool = True) -> None:
         self.calls: list[str] = []
+        self.exclusive = False
         self.gate = threading.Semaphore(10**6 if free else 0)
         self.faults: dict[str, Exception] = {}
         self.end_at: int | None = None
@@ -157,6 +158,16 @@ async def test_priority_goes_first_into_a_free_place() -> None:
     puppet.gate.release(100)
     await asyncio.gather(read(first), read(low), read(high))
     assert [call for call in puppet.calls if "start" in call] == ["start a", "start c", "start b"]
+    bench.worker.close()
+
+
+async def test_a_decoder_that_serves_one_at_a_time_gets_one_at_a_time() -> None:
+    puppet = Puppet()
+    puppet.exclusive = True
+    bench = Bench(puppet)
+    jobs = [bench.submit(job_of(name, 2)) for name in "ab"]
+    await asyncio.gather(*(read(job) for job in jobs))
+    assert [call for call in puppet.calls if "advance" in call] == ["advance a", "advance b"]
     bench.worker.close()
 
 
