@@ -128,6 +128,8 @@ async def websocket(url: str, **init_payload: str) -> AsyncIterator[AsyncClientS
         url.replace("http", "ws") + "/graphql",
         init_payload=init_payload,
         subprotocols=[WebsocketsTransport.GRAPHQLWS_SUBPROTOCOL],
+        # It waits so long for an answer to what it no longer wants, and the protocol knows none.
+        close_timeout=0.1,
     )
     async with Client(transport=transport) as session:
         yield session

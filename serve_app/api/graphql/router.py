@@ -105,6 +105,12 @@ class Router(GraphQLRouter[Context, None]):
             # The one error that the library knows how to answer.
             raise json.JSONDecodeError(error.message, "", 0) from error
 
+    def parse_json(self, data: str | bytes) -> Any:
+        value = super().parse_json(data)
+        if value is not None and not isinstance(value, dict | list):
+            raise HTTPException(400, "A request and its variables must be JSON objects")
+        return value or {}
+
     async def run(self, request: Any, context: Any = UNSET, root_value: Any = UNSET) -> Any:
         if self.is_websocket_request(request):
             return await super().run(request, context, root_value)
