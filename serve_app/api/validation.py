@@ -13,18 +13,18 @@ from serve_app.domain.errors import InvalidInput, MalformedRequest
 
 _SHOWN = 5
 _WORDS = {
-    "missing": "{name} is missing",
-    "extra_forbidden": "{name} is not a field of this request",
-    "string_type": "{name} must be text",
-    "int_type": "{name} must be a whole number",
-    "int_from_float": "{name} must be a whole number",
-    "float_type": "{name} must be a number",
-    "bool_type": "{name} must be true or false",
-    "list_type": "{name} must be a list",
-    "dict_type": "{name} must be an object",
-    "model_type": "{name} must be an object",
-    "model_attributes_type": "{name} must be an object",
-    "literal_error": "{name} must be {expected}",
+    "missing": "is missing",
+    "extra_forbidden": "is not a field of this request",
+    "string_type": "must be text",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "literal_error": "must be {expected}",
 }
 
 
@@ -67,25 +67,35 @@ def read(model: type[Model], value: Any) -> Model:
 
 def in_words(problems: Sequence[Mapping[str, Any]]) -> str:
     """Pydantic's list of errors as one line. The values themselves are not repeated."""
-    lines: list[str] = []
+    found: dict[str, list[str]] = {}
     for problem in problems:
-        line = _one_in_words(problem)
-        if line not in lines:
-            lines.append(line)
+        known = found.setdefault(_name(problem), [])
+        words = _words(problem)
+        if words not in known:
+            known.append(words)
+    lines = [f"{name} {' or '.join(words)}" for name, words in found.items()]
     more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
     return "; ".join(lines[:_SHOWN]) + more + "."
 
 
-def _one_in_words(problem: Mapping[str, Any]) -> str:
-    # Union members and "body"/"query" add steps to the path that mean nothing to the reader.
-    steps = [step for step in problem["loc"] if isinstance(step, int) or not step[:1].isupper()]
+def _name(problem: Mapping[str, Any]) -> str:
+    """Where it is wrong, by the names that the sender used."""
     name = ""
-    for step in steps:
-        name += f"[{step}]" if isinstance(step, int) else f".{step}" if name else str(step)
+    for step in problem["loc"]:
+        if isinstance(step, int):
+            name += f"[{step}]"
+        elif not name:
+            name = str(step)
+        elif step != "str" and "[" not in step:  # which member of a union was tried means nothing to the reader
+            name += f".{step}"
+    return name or "the value"
+
+
+def _words(problem: Mapping[str, Any]) -> str:
     words = _WORDS.get(str(problem["type"]))
     if words is None:
-        return f"{name or 'the value'}: {str(problem['msg']).lower()}"
-    return words.format(name=name or "the value", expected=problem.get("ctx", {}).get("expected", ""))
+        return f"is refused: {str(problem['msg']).lower()}"
+    return words.format(expected=problem.get("ctx", {}).get("expected", ""))
 
 
 def _refuse_constant(name: str) -> NoReturn:

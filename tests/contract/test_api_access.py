@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import re
 from collections.abc import AsyncIterator
@@ -351,3 +352,36 @@ async def test_a_hash_of_the_chat_service_is_made_anew(platform: LocalPlatform) 
         assert (await store.get_conversation("old")).password_hash.startswith("$argon2id$")  # type: ignore[union-attr]
         assert (await api.post(STREAM, json=body)).status_code == 200
         assert (await api.post(STREAM, json={**body, "password": "wrong"})).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("headers", "accepted"),
+    [
+        ({}, True),
+        ({"Origin": "SAME"}, True),
+        ({"Origin": "http://evil.example"}, False),
+        ({"Host": "evil.example"}, False),
+    ],
+)
+async def test_a_websocket_from_another_site_is_refused_at_the_handshake(
+    platform: LocalPlatform, headers: dict[str, str], accepted: bool
+) -> None:
+    url = await platform.serve()
+    asked = {name: value.replace("SAME", url) for name, value in headers.items()}
+    # Written by hand: a WebSocket library would insist on its own Host.
+    lines = {
+        "Host": url.removeprefix("http://"),
+        "Upgrade": "websocket",
+        "Connection": "Upgrade",
+        "Sec-WebSocket-Key": base64.b64encode(b"0123456789abcdef").decode(),
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Protocol": "graphql-transport-ws",
+        **asked,
+    }
+    host, port = url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    request = "GET /graphql HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    writer.write(f"{request}\r\n".encode())
+    status = (await reader.readline()).decode()
+    writer.close()
+    assert status.startswith("HTTP/1.1 101" if accepted else "HTTP/1.1 403")
