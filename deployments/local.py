@@ -18,8 +18,9 @@ from typing import Any
 
 import yaml
 
-from serve_app.config import GatewayArgs, Settings, check_exposure, load
-from serve_app.config.sources import DOTENV, PLATFORM
+from serve_app.config import Settings, check_exposure, load
+from serve_app.config.serve_file import ServeFile, read_serve_file
+from serve_app.config.sources import PLATFORM
 from serve_app.domain.errors import InvalidConfig
 from serve_app.store import migrate
 
@@ -52,13 +53,12 @@ def main() -> int:
     stop = threading.Event()
     _catch_signals(stop)
     try:
-        config = _read(arguments.config)
-        settings = _settings(config)
+        settings, file = _settings(arguments.config)
     except InvalidConfig as error:
         logger.error("%s", error)
         return 2
-    _set_environment()
-    return _run(config, settings, arguments, stop)
+    _set_environment(arguments.dashboard_port)
+    return _run(settings, file, arguments, stop)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,35 +69,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise InvalidConfig(f"{path} cannot be read: {error}") from None
-    if not isinstance(config, dict) or not config.get("applications"):
-        raise InvalidConfig(f"{path} declares no applications.")
-    return config
-
-
-def _settings(config: dict[str, Any]) -> Settings:
-    """The gateway's settings, judged before anything starts; SQLite is migrated here, so that a failure shows here."""
-    args = next((app.get("args") for app in config["applications"] if app.get("name") == "gateway"), None)
-    args = GatewayArgs.read(args, "gateway")
-    loaded = load(dotenv=DOTENV, platform=args.platform_path() or PLATFORM, args=args.settings)
-    options = config.get("http_options") or {}
-    warnings = (*loaded.warnings, *check_exposure(options.get("host", "0.0.0.0"), loaded.settings))
-    for warning in warnings:
+def _settings(path: Path) -> tuple[Settings, ServeFile]:
+    """Everything judged before anything starts; SQLite is migrated here, so that a failure shows here."""
+    file = read_serve_file(path)
+    loaded = load(platform=file.gateway.platform_path() or PLATFORM, args=file.gateway.settings)
+    for warning in (*loaded.warnings, *check_exposure(file.host, loaded.settings)):
         logger.warning("warning: %s", warning)
     url = loaded.settings.database_url.get_secret_value()
     if url.startswith("sqlite"):
         migrate.upgrade(url)
-    return loaded.settings
+    return loaded.settings, file
 
 
-def _set_environment() -> None:
+def _set_environment(dashboard_port: int) -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_SERVE_HAPROXY_MAXCONN", str(_most_connections()))
+    os.environ.setdefault("RAY_DASHBOARD_ADDRESS", f"http://127.0.0.1:{dashboard_port}")
     home = str(Path.cwd())
     os.environ.setdefault("ROTUNDA_HOME", home)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
@@ -109,7 +97,7 @@ def _most_connections() -> int:
     return 20_000 if descriptors == resource.RLIM_INFINITY else min(20_000, int((descriptors - 500) / 2.5))
 
 
-def _run(config: dict[str, Any], settings: Settings, arguments: argparse.Namespace, stop: threading.Event) -> int:
+def _run(settings: Settings, file: ServeFile, arguments: argparse.Namespace, stop: threading.Event) -> int:
     import ray
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
@@ -127,14 +115,14 @@ def _run(config: dict[str, Any], settings: Settings, arguments: argparse.Namespa
     _catch_signals(stop)  # ray.init put its own handler in place
     try:
         client = ServeSubmissionClient(f"http://{context.dashboard_url}")
-        client.deploy_applications(config)
+        client.deploy_applications(yaml.safe_load(arguments.config.read_text()))
         logger.info("Starting Serve …")
         problem = _wait_until_running(client, stop)
         if problem is not None:
             logger.error("%s", problem)
             return 1
         if not stop.is_set():
-            _greet(config, settings, time.monotonic() - started)
+            _greet(settings, file, time.monotonic() - started)
         stop.wait()
         logger.info("Stopping …")
         _shut_down()
@@ -184,11 +172,9 @@ async def _end_streams() -> None:
     await ingress.broadcast("end_streams").results_async(timeout_s=5)
 
 
-def _greet(config: dict[str, Any], settings: Settings, seconds: float) -> None:
-    options = config.get("http_options") or {}
-    url = f"http://{options.get('host', '127.0.0.1')}:{options.get('port', 8000)}"
-    names = [app["args"]["model"] for app in config["applications"] if "model" in (app.get("args") or {})]
-    model = settings.default_model or next(iter(names), "MODEL")
+def _greet(settings: Settings, file: ServeFile, seconds: float) -> None:
+    url = f"http://{file.host}:{file.port}"
+    model = settings.default_model or next((args.model for args in file.models), "MODEL")
     key = " -H 'Authorization: Bearer YOUR_KEY'" if settings.api_keys else ""
     body = f'{{"model": "{model}", "message": "What is 17 + 25?"}}'
     logger.info(

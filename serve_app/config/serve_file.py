@@ -22,14 +22,16 @@ KINDS: Mapping[str, type[Args]] = {
 """The module of a builder (``import_path`` up to the colon) and what it takes."""
 
 DEFAULT_HOST = "0.0.0.0"
+DEFAULT_PORT = 8000
 """What Serve listens on when the file does not say."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServeFile:
-    """What a valid file declares. ``host`` is the address that the HTTP server listens on."""
+    """What a valid file declares. ``host`` and ``port`` are where the HTTP server listens."""
 
     host: str
+    port: int
     gateway: GatewayArgs
     models: tuple[ModelArgs, ...]
     upstreams: tuple[UpstreamArgs, ...]
@@ -55,6 +57,7 @@ def read_serve_file(path: Path) -> ServeFile:
     options = data.get("http_options") or {}
     return ServeFile(
         host=str(options.get("host", DEFAULT_HOST)),
+        port=int(options.get("port", DEFAULT_PORT)),
         gateway=next((args for args in parsed if isinstance(args, GatewayArgs)), GatewayArgs()),
         models=tuple(args for args in parsed if isinstance(args, ModelArgs)),
         upstreams=tuple(args for args in parsed if isinstance(args, UpstreamArgs)),
