@@ -10,17 +10,22 @@ from transformers.generation import logits_process as steps
 
 from serve_app.domain.generation import Options
 
+COLDEST = 1e-5
+"""A temperature below this is greedy: the division would leave the range of float32."""
+
 
 class Sampler:
     """Chooses tokens for one request. What the request leaves open comes from the checkpoint's generation config.
 
     Temperature 0, or an open one where the checkpoint does not sample, takes the likeliest token. A seed makes the
-    draws repeatable on the same machine and software with the same neighbours in the batch.
+    draws repeatable on the same machine and software with the same neighbours in the batch. ``prompt_length`` counts
+    what the decoder reads before its first own token.
     """
 
     def __init__(self, options: Options, defaults: Any, ends: Sequence[int], prompt_length: int) -> None:
         unasked = options.temperature is None
-        self.greedy = options.temperature == 0 or (unasked and (not defaults.do_sample or defaults.temperature == 0))
+        temperature = _first(options.temperature, defaults.temperature, 1.0)
+        self.greedy = temperature < COLDEST or (unasked and not defaults.do_sample)
         self._penalties = _penalties(defaults, ends, prompt_length)
         self._warpers = [] if self.greedy else _warpers(options, defaults)
         self._generator = torch.Generator()
@@ -39,7 +44,7 @@ class Sampler:
 
         Args:
             logits: ``[vocabulary]``, of the last position.
-            ids: prompt and reply so far.
+            ids: what the decoder has read so far; may be empty unless :attr:`needs_ids`.
         """
         scores = logits.float()[None]
         if self._penalties:
@@ -79,6 +84,8 @@ def _penalties(defaults: Any, ends: Sequence[int], prompt_length: int) -> list[C
         found.append(steps.NoRepeatNGramLogitsProcessor(int(defaults.no_repeat_ngram_size)))
     if defaults.min_new_tokens and ends:
         found.append(steps.MinNewTokensLengthLogitsProcessor(prompt_length, int(defaults.min_new_tokens), list(ends)))
+    if defaults.forced_bos_token_id is not None:
+        found.append(steps.ForcedBOSTokenLogitsProcessor(int(defaults.forced_bos_token_id)))
     if defaults.suppress_tokens:
         found.append(steps.SuppressTokensLogitsProcessor(defaults.suppress_tokens))
     return found

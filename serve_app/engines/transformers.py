@@ -172,7 +172,7 @@ def create(info: ModelInfo, options: EngineOptions, on_progress: Progress = no_p
         f"transformers on {loaded.device}",
         loaded.dtype if loaded.dtype == info.dtype else f"{loaded.dtype} (the checkpoint has {info.dtype})",
         f"{loaded.attention} attention",
-        "a pass per request" if decoder.cached else "no cache (the cached loop differs from generate)",
+        "a pass per request" if decoder.cached else "no cache (with it the model computes other tokens)",
         *(["one request at a time"] if decoder.exclusive else []),
         prompter.style,
     ]

@@ -91,6 +91,7 @@ async def test_top_k_of_one_is_greedy(make_engine: Make, ask: Ask) -> None:
     greedy = await ask(engine, "Hello")
     assert (await ask(engine, "Hello", temperature=1.9, top_k=1)).ids == greedy.ids
     assert (await ask(engine, "Hello", temperature=1.9, top_p=1e-6)).ids == greedy.ids
+    assert (await ask(engine, "Hello", temperature=1e-45)).ids == greedy.ids
 
 
 @pytest.mark.parametrize("end", [[2, 7], 7, None, [-1, 99_999], [None]])
@@ -239,6 +240,18 @@ async def test_an_encoder_decoder_answers_as_generate_does(tmp_path: Path, make_
         assert reply.finish.usage.completion_tokens == len(expected)
     with pytest.raises(CapabilityMissing):
         await ask(engine, "Hello", Message.of("assistant", "Well"), go_on=True)
+
+
+async def test_an_encoder_decoder_s_own_first_token_and_penalty_count(
+    tmp_path: Path, make_engine: Make, ask: Ask
+) -> None:
+    path = tiny_models.save_t5(tmp_path / "m", forced_bos_token_id=77, repetition_penalty=1.7)
+    engine = await make_engine(path)
+    ids = engine._prompter.build(GenerationRequest("r", "m", (Message.of("user", "Hello"),))).ids
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(path).eval()
+    expected = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0].tolist()[1:]
+    reply = await ask(engine, "Hello")
+    assert expected[0] == 77 and expected[: len(reply.ids)] == reply.ids
 
 
 async def test_pictures_matter_and_may_stand_in_the_history(make_engine: Make, ask: Ask) -> None:

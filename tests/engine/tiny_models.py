@@ -86,7 +86,7 @@ def save_llava(path: Path, seed: int = 0) -> Path:
     return path
 
 
-def save_t5(path: Path, seed: int = 0) -> Path:
+def save_t5(path: Path, seed: int = 0, **settings: Any) -> Path:
     """An encoder-decoder without a chat template."""
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -95,7 +95,9 @@ def save_t5(path: Path, seed: int = 0) -> Path:
         vocab_size=300, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=4,
         eos_token_id=2, pad_token_id=4, initializer_factor=5.0,
     )  # fmt: skip
-    T5ForConditionalGeneration(config).save_pretrained(path)
+    model = T5ForConditionalGeneration(config)
+    model.generation_config.update(**settings)
+    model.save_pretrained(path)
     tokenizer(None).save_pretrained(path)
     return path
 
