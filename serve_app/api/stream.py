@@ -9,9 +9,10 @@ from datetime import UTC, datetime
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
+from serve_app.api.access import ANONYMOUS
 from serve_app.api.body import StreamMessage, TerminateStream, json_body, stream_message
 from serve_app.api.context import address_of, caller_of, token_of, trace_of
-from serve_app.api.images import ImageIntake
+from serve_app.api.recorded import recorded
 from serve_app.api.services import Services
 from serve_app.api.sse import EventStream, encode, encode_event
 from serve_app.api.validation import read
@@ -22,10 +23,7 @@ from serve_app.domain.errors import (
     MalformedRequest,
     ProviderUnavailable,
     RotundaError,
-    error_from_dict,
 )
-from serve_app.domain.events import Ended, Failed, Numbered, SessionOpened, Terminated, Token
-from serve_app.domain.generation import FinishReason, Timing, Usage
 from serve_app.sessions import LiveReply, NewReply
 from serve_app.store.records import new_id
 
@@ -37,7 +35,6 @@ class Streams:
 
     def __init__(self, services: Services) -> None:
         self._services = services
-        self._intake = ImageIntake(services.settings, services.files)
         self._heartbeat_s = services.settings.heartbeat_ms / 1000
 
     async def begin(self, request: Request) -> Response:
@@ -48,7 +45,7 @@ class Streams:
             raise InvalidInput(f"The message has {len(body.message):,} characters; {longest:,} is the most.")
         options = body.options.to_options()
         existing = await self._existing(body, request)
-        received = await self._intake.receive(images)
+        received = await self._services.intake.receive(images)
         conversation = existing or await self._create(body)
         try:
             reply = await self._services.sessions.start(
@@ -64,7 +61,7 @@ class Streams:
                     fallbacks=tuple(body.fallback_models),
                     context_policy=body.context_policy,
                     on_disconnect=body.on_disconnect,
-                    caller=caller_of(request) or "anonymous",
+                    caller=caller_of(request) or ANONYMOUS,
                     trace=trace_of(request.scope),
                 )
             )
@@ -149,25 +146,8 @@ async def _recorded(session: StreamSession, after: int) -> AsyncGenerator[bytes,
     """
     if after:
         yield encode_event({"seq": 0, "offset": 0}, "rewind")
-    events = [
-        SessionOpened(session.id, session.conversation_id, session.model, session.provider, session.trace_id or ""),
-        *([Token(session.partial_response, 0)] if session.partial_response else []),
-        _terminal(session),
-    ]
-    for seq, event in enumerate(events, 1):
-        yield encode(Numbered(seq, event))
-
-
-def _terminal(session: StreamSession) -> Ended | Terminated | Failed:
-    if session.status is SessionStatus.COMPLETED:
-        reason = FinishReason(session.finish_reason or FinishReason.STOP)
-        return Ended(session.message_id, session.usage or Usage(), session.timing or Timing(), reason)
-    if session.status is SessionStatus.TERMINATED:
-        reason_text = session.termination_reason or TerminationReason.ERROR.value
-        return Terminated(session.id, session.partial_response, session.token_count, reason_text)
-    message = session.error_message or "The reply failed."
-    error = error_from_dict({"code": session.error_code, "message": message, "provider": session.provider})
-    return Failed(error.code, message, session.provider, error.retryable, session.trace_id or "", {})
+    for numbered in recorded(session):
+        yield encode(numbered)
 
 
 def _position(request: Request) -> int:

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -14,7 +15,7 @@ import websockets
 from gql.transport.exceptions import TransportQueryError
 
 from serve_app.domain.catalog import ModelState
-from serve_app.domain.conversation import SessionStatus
+from serve_app.domain.conversation import SessionStatus, StreamSession
 from serve_app.domain.errors import ProviderUnavailable
 from serve_app.sessions import LiveReply
 from serve_app.store.records import NewSession
@@ -162,6 +163,33 @@ async def test_an_ended_session_is_told_from_its_record(
     async with websocket(await platform.serve()) as session:
         seen = [event["streamSession"] async for event in subscribe(session, STREAM_SESSION, id=session_id)]
     assert [event["__typename"] for event in seen] == expected
+
+
+@pytest.mark.parametrize("after", [-1, 1000])
+async def test_an_event_that_is_not_there_cannot_be_the_last_one_seen(
+    graph: Graph, platform: LocalPlatform, after: int
+):
+    session_id = (await send(graph, ENDLESS))["id"]
+    async with websocket(await platform.serve()) as session:
+        with pytest.raises(TransportQueryError, match="no event"):
+            async for _ in subscribe(session, STREAM_SESSION, id=session_id, after=after):
+                pass
+
+
+async def test_a_session_that_ends_between_two_looks_is_told_from_its_record(
+    graph: Graph, platform: LocalPlatform, monkeypatch: pytest.MonkeyPatch
+):
+    session_id = (await send(graph, "Say [[tokens=2]]"))["id"]
+    await ended(platform, session_id)
+    whole = await platform.services.store.get_session(session_id)
+    stale = [replace(whole, status=SessionStatus.ACTIVE)]
+
+    async def looks(id: str) -> StreamSession:
+        return stale.pop() if stale else whole
+
+    monkeypatch.setattr(platform.services.store, "get_session", looks)
+    found = await graph.run("query($id: ID!) { streamSession(id: $id) { status } }", id=session_id)
+    assert found["streamSession"]["status"] == "COMPLETED"
 
 
 async def test_terminate_half_way_through_send_message(graph: Graph, platform: LocalPlatform):

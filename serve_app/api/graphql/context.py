@@ -14,7 +14,7 @@ from strawberry.fastapi import BaseContext
 from serve_app.api.access import ANONYMOUS
 from serve_app.api.context import TOKEN_HEADER, address_of, caller_of, token_of, trace_of
 from serve_app.api.services import Services
-from serve_app.domain.conversation import Conversation, StoredImage, StoredMessage, StreamSession
+from serve_app.domain.conversation import Conversation, SessionStatus, StoredImage, StoredMessage, StreamSession
 from serve_app.sessions import LiveReply
 from serve_app.telemetry.propagation import new_trace
 
@@ -74,7 +74,11 @@ class Context(BaseContext):
         """A session of a conversation that the proof opens, and its live reply when this ingress generates it."""
         session = await self.services.store.get_session(id)
         await self.conversation(session.conversation_id, password, token)
-        return session, self.services.sessions.find(id)
+        live = self.services.sessions.find(id)
+        if live is None and session.status is SessionStatus.ACTIVE:
+            # It may have ended between the two looks.
+            session = await self.services.store.get_session(id)
+        return session, live
 
     @property
     def caller_name(self) -> str:

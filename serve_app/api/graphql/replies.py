@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import aclosing
 
 from serve_app.api.graphql.context import Context
 from serve_app.api.graphql.inputs import MessageInput
-from serve_app.api.images import ImageIntake
 from serve_app.config import Settings
 from serve_app.domain import generation
-from serve_app.domain.conversation import Conversation, SessionStatus, StreamSession, TerminationReason
-from serve_app.domain.errors import InvalidInput, error_from_dict
-from serve_app.domain.events import Ended, Failed, Numbered, SessionOpened, Terminated, Token
-from serve_app.domain.generation import FinishReason, Timing, Usage
+from serve_app.domain.conversation import Conversation
+from serve_app.domain.errors import InvalidInput
 from serve_app.sessions import LiveReply, NewReply
 
 
@@ -41,7 +37,7 @@ async def _new_reply(context: Context, wanted: MessageInput, conversation: Conve
     check = _not_too_long if wanted.images else checked_text
     text = check(wanted.message, services.settings)
     options = wanted.options.checked() if wanted.options else generation.Options()
-    received = await ImageIntake(services.settings, services.files).receive(wanted.images or [])
+    received = await services.intake.receive(wanted.images or [])
     return NewReply(
         conversation,
         text,
@@ -65,26 +61,3 @@ async def until_end(reply: LiveReply) -> None:
         async for _ in events:
             pass
     await reply.done.wait()
-
-
-def replay(session: StreamSession) -> Iterator[Numbered]:
-    """The events of a session that has ended, as its record tells them."""
-    yield Numbered(
-        1,
-        SessionOpened(session.id, session.conversation_id, session.model, session.provider, session.trace_id or ""),
-    )
-    if session.partial_response:
-        yield Numbered(2, Token(session.partial_response, 0))
-    yield Numbered(3 if session.partial_response else 2, _terminal(session))
-
-
-def _terminal(session: StreamSession) -> Ended | Terminated | Failed:
-    if session.status is SessionStatus.COMPLETED:
-        finish = FinishReason(session.finish_reason or FinishReason.STOP)
-        return Ended(session.message_id, session.usage or Usage(), session.timing or Timing(), finish)
-    if session.status is SessionStatus.TERMINATED:
-        reason = session.termination_reason or TerminationReason.USER_REQUESTED.value
-        return Terminated(session.id, session.partial_response, session.token_count, reason)
-    failure = error_from_dict({"code": session.error_code, "message": session.error_message or "The reply failed."})
-    trace_id = session.trace_id or ""
-    return Failed(failure.code, failure.message, session.provider, failure.retryable, trace_id, failure.details)

@@ -15,9 +15,10 @@ from serve_app.api.graphql.events import StreamEvent, event_of
 from serve_app.api.graphql.inputs import MessageInput
 from serve_app.api.graphql.models import AvailableModelsResponse
 from serve_app.api.graphql.queries import Password, Token
-from serve_app.api.graphql.replies import replay, start
+from serve_app.api.graphql.replies import start
 from serve_app.api.graphql.resolvers import subscription
 from serve_app.api.graphql.types import GraphInfo
+from serve_app.api.recorded import recorded
 from serve_app.domain.conversation import SessionStatus
 from serve_app.domain.errors import Forbidden, InvalidInput, ProviderUnavailable, RotundaError
 from serve_app.domain.events import Numbered
@@ -53,8 +54,6 @@ class Subscription:
         password: Password = None,
         token: Token = None,
     ) -> AsyncGenerator[StreamEvent, None]:
-        if after < 0:
-            raise InvalidInput("after must not be negative.")
         async with aclosing(_follow(info.context, id, after, password, token)) as events:
             async for numbered in events:
                 yield event_of(numbered)
@@ -79,13 +78,18 @@ async def _follow(
 ) -> AsyncGenerator[Numbered, None]:
     session, live = await context.session(id, password, token)
     if live is not None:
+        if not 0 <= after <= len(live.stream.events):
+            raise InvalidInput(f"This stream has no event {after} yet.")
         async with aclosing(live.stream.follow(after)) as events:
             async for numbered in events:
                 yield numbered
         return
     if session.status is SessionStatus.ACTIVE:
-        raise ProviderUnavailable("Another server writes this reply. Its text is complete there soon; ask again then.")
-    for numbered in replay(session):
+        raise ProviderUnavailable(
+            "Another server of this cluster is writing this reply. Try again, or come back when it is done.",
+            details={"retryAfterS": 2},
+        )
+    for numbered in recorded(session):
         yield numbered
 
 
