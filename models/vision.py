@@ -153,14 +153,14 @@ class Recipe:
 
     images: int = 60_000
     unnamed_images: int = 100_000
-    vision_steps: int = 14_000
+    vision_steps: int = 9_000
     vision_batch: int = 32
-    vision_rate: float = 1.5e-3
-    language_rate: float = 2e-3
+    vision_rate: float = 3e-3
+    language_rate: float = 3e-3
     # Steps, tokens per step, and turns per conversation. Binding "first" and "second" to the right image needs many
     # small steps on short conversations; long ones then cost more per step, and fewer do.
     phases: tuple[tuple[int, int, tuple[int, int]], ...] = (
-        (2_500, 1_024, (1, 2)),
+        (2_000, 1_024, (1, 2)),
         (1_000, 2_048, (1, 6)),
         (300, 4_096, (4, 26)),
     )
@@ -298,18 +298,39 @@ class Album:
         return self.pixels[indices].float() / 127.5 - 1.0
 
 
-def _optimizer(
-    parameters: Sequence[nn.Parameter], rate: float, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.02)
-    warmup = max(1, min(100, steps // 10))
+class Optimizer:
+    """Muon for the matrices inside the layers and AdamW for all other parameters, on one schedule.
 
-    def scale(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    Muon sees the first shapes after about half as many images as AdamW alone, which is most of this recipe's cost.
+    """
 
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+    def __init__(self, body: Sequence[nn.Module], rate: float, steps: int, heads: Sequence[nn.Module] = ()) -> None:
+        layers = [layer for part in body for layer in part.modules() if isinstance(layer, nn.Linear)]
+        matrices = [layer.weight for layer in layers]
+        known = {id(weight) for weight in matrices}
+        self._parameters = [weight for part in (*body, *heads) for weight in part.parameters()]
+        others = [weight for weight in self._parameters if id(weight) not in known]
+        self._optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, lr=rate, momentum=0.95, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=rate / 2, betas=(0.9, 0.98), weight_decay=0.02),
+        ]
+        warmup = max(1, min(100, steps // 10))
+
+        def scale(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+        self._schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, scale) for optimizer in self._optimizers]
+
+    def step(self, loss: torch.Tensor) -> None:
+        """Follow the gradient of `loss` by one step."""
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        for stage in (*self._optimizers, *self._schedules):
+            stage.step()
 
 
 def _image_tokens(model: LlavaForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:
@@ -325,8 +346,8 @@ def train_vision_tower(model: LlavaForConditionalGeneration, album: Album, recip
         [[group.index(v) if v in group else IGNORED for group, v in zip(names, row, strict=True)] for row in values]
     )
     heads = nn.Linear(model.config.text_config.hidden_size, sum(map(len, names)))
-    trained = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
-    optimizer, schedule = _optimizer([*trained, *heads.parameters()], recipe.vision_rate, recipe.vision_steps)
+    body = (model.model.vision_tower, model.model.multi_modal_projector)
+    optimizer = Optimizer(body, recipe.vision_rate, recipe.vision_steps, [heads])
     running = 0.0
     for step in range(recipe.vision_steps):
         indices = torch.randint(len(album.scenes), (recipe.vision_batch,))
@@ -339,11 +360,7 @@ def train_vision_tower(model: LlavaForConditionalGeneration, album: Album, recip
         loss = sum(
             nn.functional.cross_entropy(part.flatten(0, 1), wanted[..., i].flatten()) for i, part in enumerate(logits)
         )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
+        optimizer.step(loss)
         running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
         if (step + 1) % 250 == 0:
             LOGGER.info("vision step %d/%d: loss %.4f", step + 1, recipe.vision_steps, running)
@@ -451,18 +468,13 @@ def train_language_model(
     model: LlavaForConditionalGeneration, cache: torch.Tensor, encode: Encoder, author: Author, recipe: Recipe
 ) -> None:
     """Stage 2: teach the language model to answer, on short conversations first and on long ones last."""
-    trained = list(model.model.language_model.parameters())
     total = sum(steps for steps, _, _ in recipe.phases)
-    optimizer, schedule = _optimizer(trained, recipe.language_rate, total)
+    optimizer = Optimizer([model.model.language_model], recipe.language_rate, total)
     done, running = 0, math.nan
     for steps, tokens, turns in recipe.phases:
         for group in batches(encode, author, steps, tokens, turns):
             loss = _language_loss(model, cache, group)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            schedule.step()
+            optimizer.step(loss)
             done += 1
             running = loss.item() if math.isnan(running) else 0.98 * running + 0.02 * loss.item()
             if done % 100 == 0:
