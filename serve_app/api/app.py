@@ -12,7 +12,7 @@ from serve_app.api.errors import Boundary, Traced, install
 from serve_app.api.gate import Gate
 from serve_app.api.graphql import graphql_router
 from serve_app.api.health import health_router
-from serve_app.api.images import images_router
+from serve_app.api.image_routes import images_router
 from serve_app.api.models import models_router
 from serve_app.api.openai import openai_router
 from serve_app.api.services import Services

@@ -22,6 +22,7 @@ _REST_BYTES = 4_000_000
 # JSON may spell a character as \uXXXX.
 _BYTES_PER_CHARACTER = 6
 _MOST_FORM_FILES = 128
+_BOUNDED_ELSEWHERE = 2**40
 _LIST_FIELDS = frozenset({"fallbackModels"})
 _JSON_FIELDS = frozenset({"options"})
 
@@ -122,16 +123,16 @@ async def json_body(request: Request) -> Any:
 
 
 async def stream_message(request: Request) -> tuple[StreamMessage, list[RawImage | str]]:
-    """The message and its images, from JSON or from a form."""
+    """The message and its images, from JSON or from a form. A field that is null counts as left out."""
     if media_type(request) == "multipart/form-data":
-        async with request.form(max_files=_MOST_FORM_FILES, max_part_size=_REST_BYTES) as form:
+        async with request.form(max_files=_MOST_FORM_FILES, max_part_size=_BOUNDED_ELSEWHERE) as form:
             fields, images = await _read_form(form)
     else:
         value = await json_body(request)
         fields = dict(value) if isinstance(value, Mapping) else value
         images = _images_of(fields)
-    if isinstance(fields, dict) and fields.get("options", ...) is None:
-        del fields["options"]
+    if isinstance(fields, dict):
+        fields = {name: value for name, value in fields.items() if value is not None}
     return read(StreamMessage, fields), images
 
 

@@ -1,4 +1,4 @@
-"""Images on their way in (files, base64, data URIs) and out (``GET /api/images/{id}``)."""
+"""Images on their way in: files, base64, data URIs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from urllib.parse import quote, unquote_to_bytes
+from urllib.parse import unquote_to_bytes
 
-from fastapi import APIRouter, Request, Response
-
-from serve_app.api.context import address_of, token_of
 from serve_app.api.pictures import Limits, Picture, clean
-from serve_app.api.services import Services
 from serve_app.config import Settings
 from serve_app.domain.errors import InvalidInput, PayloadTooLarge
 from serve_app.domain.generation import Image
@@ -45,7 +41,7 @@ class Received:
 
 
 class ImageIntake:
-    """Verifies, cleans and stores images within the limits of the settings.
+    """Verifies, cleans and stores images within the limits of the settings. One for all surfaces: it bounds their work.
 
     Args:
         settings: sizes, types and numbers that are allowed, and how long images are kept.
@@ -133,22 +129,3 @@ def _decode_base64(text: bytes) -> bytes:
     if not data:
         raise ValueError("empty")
     return data
-
-
-def images_router(services: Services) -> APIRouter:
-    """``GET /api/images/{id}``."""
-    router = APIRouter()
-
-    @router.get("/api/images/{id}")
-    async def image(id: str, request: Request) -> Response:
-        found = await services.access.image(id, token=token_of(request), address=address_of(request))
-        data = await services.files.read(found.file_path)
-        headers = {
-            "Content-Disposition": f"inline; filename*=UTF-8''{quote(found.filename, safe='')}",
-            "X-Content-Type-Options": "nosniff",
-            "Content-Security-Policy": "default-src 'none'; sandbox",
-            "Cache-Control": "private, max-age=3600",
-        }
-        return Response(data, media_type=found.mime_type, headers=headers)
-
-    return router

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -14,14 +13,14 @@ from fastapi import APIRouter, Request, Response
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
+from serve_app.api.access import ANONYMOUS
 from serve_app.api.body import json_body
 from serve_app.api.context import caller_of, trace_of
 from serve_app.api.errors import openai_json
-from serve_app.api.images import ImageIntake
 from serve_app.api.models import find_model
 from serve_app.api.openai_request import Chat, read_chat
 from serve_app.api.services import Services
-from serve_app.api.sse import EventStream, until_disconnect
+from serve_app.api.sse import EventStream, encode_json, until_disconnect
 from serve_app.domain.errors import Internal, RotundaError
 from serve_app.domain.fleet import ModelStatus
 from serve_app.domain.generation import Delta, Usage
@@ -39,13 +38,13 @@ class Completions:
 
     def __init__(self, services: Services) -> None:
         self._services = services
-        self._intake = ImageIntake(services.settings, services.files)
         self._heartbeat_s = services.settings.heartbeat_ms / 1000
 
     async def chat(self, request: Request) -> Response:
         """``POST /v1/chat/completions``, streamed or whole."""
         value = await json_body(request)
-        chat = await read_chat(value, self._intake, caller_of(request) or "anonymous", trace_of(request.scope))
+        caller = caller_of(request) or ANONYMOUS
+        chat = await read_chat(value, self._services.intake, caller, trace_of(request.scope))
         steps = self._services.gateway.reply(chat.ask, chat.request)
         if not chat.stream:
             return JSONResponse(await _unless_disconnected(request, _whole(chat, steps)))
@@ -183,7 +182,7 @@ def _choice(delta: Mapping[str, Any], finish_reason: str | None = None) -> dict[
 
 
 def _data(payload: Mapping[str, Any]) -> bytes:
-    return f"data: {json.dumps(payload, separators=(',', ':'))}\n\n".encode()
+    return f"data: {encode_json(payload)}\n\n".encode()
 
 
 def _model_json(status: ModelStatus) -> dict[str, Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from serve_app.api.access import Access
+from serve_app.api.images import ImageIntake
 from serve_app.config import Settings
 from serve_app.gateway import Gateway
 from serve_app.sessions import Sessions
@@ -29,3 +31,7 @@ class Services:
     @property
     def passwords(self) -> Passwords:
         return self.access.passwords
+
+    @cached_property
+    def intake(self) -> ImageIntake:
+        return ImageIntake(self.settings, self.files)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -15,6 +15,8 @@ from starlette.types import Receive, Scope, Send
 from serve_app.domain.events import Numbered
 
 PING = b": ping\n\n"
+# ASCII: some clients split lines at U+2028 and its like.
+encode_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def encode(numbered: Numbered) -> bytes:
@@ -23,12 +25,12 @@ def encode(numbered: Numbered) -> bytes:
     return encode_event(event.payload(), event.name, numbered.seq)
 
 
-def encode_event(payload: Mapping[str, Any], name: str | None = None, seq: int | None = None) -> bytes:
-    """One event. The JSON is ASCII: some clients split lines at U+2028 and its like."""
+def encode_event(payload: dict[str, Any], name: str | None = None, seq: int | None = None) -> bytes:
+    """One event; without a number it is none that a client could come back to."""
     head = "" if seq is None else f"id: {seq}\n"
     if name is not None:
         head += f"event: {name}\n"
-    return f"{head}data: {json.dumps(payload, separators=(',', ':'))}\n\n".encode()
+    return f"{head}data: {encode_json(payload)}\n\n".encode()
 
 
 class EventStream(Response):

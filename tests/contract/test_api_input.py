@@ -30,6 +30,7 @@ def refusal(response: httpx.Response) -> dict[str, Any]:
     ("body", "status", "code", "words"),
     [
         ({}, 422, "INVALID_INPUT", "message is missing"),
+        ({"message": None}, 422, "INVALID_INPUT", "message is missing"),
         ({"message": 5}, 422, "INVALID_INPUT", "message must be text"),
         ({"message": ""}, 422, "INVALID_INPUT", "empty"),
         ({"message": "  \n"}, 422, "INVALID_INPUT", "empty"),
@@ -117,6 +118,7 @@ async def test_another_content_type_is_not_guessed_at(api: httpx.AsyncClient, ki
         ([("message", (None, "x")), ("options", (None, "{"))], 400, "options is not valid JSON"),
         ([("message", (None, "x")), ("options", (None, "[1]"))], 422, "options must be an object"),
         ([("model", (None, "x"))], 422, "message is missing"),
+        ([("message", (None, "x" * 5_000_000))], 422, "100,000"),
     ],
 )
 async def test_a_form_is_judged_as_strictly(api: httpx.AsyncClient, parts: Any, status: int, words: str) -> None:

@@ -110,6 +110,12 @@ async def test_all_options_reach_the_model(platform: LocalPlatform, api: httpx.A
     assert seen[-1].data["finishReason"] == "length"
 
 
+async def test_null_means_left_out(api: httpx.AsyncClient) -> None:
+    names = ("model", "conversationId", "systemPrompt", "images", "password", "options", "priority", "fallbackModels")
+    seen = await ask(api, "hello [[tokens=1]]", **dict.fromkeys(names), onDisconnect=None, contextPolicy=None)
+    assert seen[-1].name == "end"
+
+
 async def test_the_same_fields_work_as_a_form(platform: LocalPlatform, api: httpx.AsyncClient) -> None:
     fields = [
         ("message", "hello"),
