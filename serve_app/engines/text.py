@@ -18,13 +18,16 @@ Step = Callable[[int], str | None]
 INCOMPLETE = "\ufffd"
 
 
-def window_step(decode: Decode) -> Step:
+def window_step(decode: Decode, before: Sequence[int] = ()) -> Step:
     """A :data:`Step` for any decoder: decodes a short window twice and takes the difference.
 
     A window is needed, because the text of a token may depend on the one before it (a leading space, for instance).
+
+    Args:
+        before: ids whose text is already out.
     """
-    ids: list[int] = []
-    start = done = 0  # ids[start:done] is the context whose text is already out
+    ids = list(before)
+    start, done = 0, len(ids)  # ids[start:done] is the context whose text is already out
 
     def step(token: int) -> str | None:
         nonlocal start, done
@@ -36,6 +39,32 @@ def window_step(decode: Decode) -> Step:
         return now[len(before) :]
 
     return step
+
+
+def guarded_step(step: Step, decode: Decode) -> Step:
+    """``step`` as long as it works, then :func:`window_step`.
+
+    ``DecodeStream`` fails on bytes that are no UTF-8 where the tokenizer falls back to bytes (Llama 2): its decoder
+    then takes back text that is already out. A model may well make such bytes, and its reply must not end with that.
+    """
+    given: list[int] = []
+    pending: list[int] = []
+    current = step
+
+    def guarded(token: int) -> str | None:
+        nonlocal current
+        pending.append(token)
+        try:
+            text = current(token)
+        except Exception:  # the tokenizers library raises nothing narrower
+            current = window_step(decode, given)
+            text = "".join(current(held) or "" for held in pending)
+        if text:
+            given.extend(pending)
+            pending.clear()
+        return text
+
+    return guarded
 
 
 class Detokenizer:
@@ -51,19 +80,21 @@ class Detokenizer:
         self._step = step
         self._decode = decode
         self._ids: list[int] = []
-        self._length = 0
+        self._done = 0  # ids whose text is out
 
     def push(self, token: int) -> str:
         self._ids.append(token)
         text = self._step(token) or ""
-        self._length += len(text)
+        if text:
+            self._done = len(self._ids)
         return text
 
     def flush(self) -> str:
         """What ``push`` held back because a character was incomplete."""
-        rest = self._decode(self._ids)[self._length :]
-        self._length += len(rest)
-        return rest
+        if self._done == len(self._ids):
+            return ""
+        known, self._done = self._done, len(self._ids)
+        return self._decode(self._ids)[len(self._decode(self._ids[:known])) :]
 
 
 class StopFilter:

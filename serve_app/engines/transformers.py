@@ -24,7 +24,7 @@ from serve_app.engines.faults import translate
 from serve_app.engines.ledger import Ledger, check_room
 from serve_app.engines.memory import context_limit, extra, kv_tokens
 from serve_app.engines.prompt import Prompt, Prompter
-from serve_app.engines.text import Decode, Detokenizer, Step, TextStream, window_step
+from serve_app.engines.text import Decode, Detokenizer, Step, TextStream, guarded_step, window_step
 from serve_app.engines.worker import Decoder, Job, Worker
 
 log = logging.getLogger(__name__)
@@ -231,4 +231,4 @@ def _stepper(tokenizer: Any, decode: Decode) -> Step:
         text: str | None = stream.step(backend, token)
         return text
 
-    return step
+    return guarded_step(step, decode)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.domain.generation import Delta
-from serve_app.engines.text import Detokenizer, StopFilter, TextStream, window_step
+from serve_app.engines.text import Detokenizer, StopFilter, TextStream, guarded_step, window_step
 
 ALPHABET = "abé🙂\n"
 texts = st.text(ALPHABET, max_size=40)
@@ -121,6 +121,22 @@ def test_a_stop_string_inside_a_token_keeps_what_is_before_it() -> None:
 def test_tokens_without_text_go_with_the_next() -> None:
     deltas, _ = run(["é".encode()[:1], "é".encode()[1:], b"", b"x"], [])
     assert [delta.token_ids for delta in deltas] == [(0, 1), (2, 3)]
+
+
+@given(cut_texts(), st.integers(0, 12))
+def test_a_step_that_fails_is_taken_over_without_a_seam(cut: tuple[str, list[bytes]], good: int) -> None:
+    text, tokens = cut
+    tokenizer = Bytes(tokens)
+    inner = window_step(tokenizer.decode)
+
+    def fails(token: int) -> str | None:
+        if token >= good:
+            raise RuntimeError("Invalid prefix")
+        return inner(token)
+
+    detokenizer = Detokenizer(guarded_step(fails, tokenizer.decode), tokenizer.decode)
+    pieces = [detokenizer.push(token) for token in range(len(tokens))]
+    assert "".join(pieces) + detokenizer.flush() == text
 
 
 def test_sentencepiece_like_blanks_survive() -> None:
