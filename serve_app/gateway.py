@@ -11,7 +11,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -139,6 +139,12 @@ class Gateway:
             self._leases[key] = (now + admission.lease.ttl_s, admission)
         return admission
 
+    async def forget(self, ask: Ask, admission: Admission) -> None:
+        """Give up a request that was admitted and will not be made; one that waits leaves the queue."""
+        if isinstance(admission, Waiting):
+            with suppress(RotundaError):  # a router that does not answer forgets those who no longer ask by itself
+                await self.router.cancel(ask.ticket)
+
     async def reply(
         self, ask: Ask, request: GenerationRequest, admission: Admission | None = None
     ) -> AsyncGenerator[Step, None]:
@@ -179,7 +185,7 @@ class Gateway:
                 await asyncio.sleep(current.retry_in_s)
                 current = await self.admit(ask)
         except (asyncio.CancelledError, GeneratorExit):
-            await self.router.cancel(ask.ticket)
+            await self.forget(ask, current)
             raise
         yield current
 

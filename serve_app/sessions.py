@@ -154,14 +154,18 @@ class LiveReply:
 
     def stop(self, reason: TerminationReason) -> None:
         """End the generation; the partial text is saved. Without effect on a reply that has ended."""
-        if self.stop_reason is None and self._generation is not None and not self._generation.done():
-            self.stop_reason = reason
+        if self.stop_reason is not None or self.ending:
+            return
+        self.stop_reason = reason
+        if self._generation is not None:
             self._generation.cancel()
 
     def run(self, generation: asyncio.Task[Any]) -> None:
         self._generation = generation
         if self.stop_reason is None:
             self._readers_changed(0)
+        else:
+            generation.cancel()  # it was stopped before it began
 
     def add(self, delta: Delta) -> None:
         """Pass a delta on at once, and count its tokens."""
@@ -243,7 +247,11 @@ class Sessions:
             trace_id=new.trace.trace_id,
         )
         images = [upload.row for upload in new.uploads]
-        user_message, session = await self._store.begin_reply(opening, text=new.text, images=images)
+        try:
+            user_message, session = await self._store.begin_reply(opening, text=new.text, images=images)
+        except RotundaError:
+            await self._gateway.forget(ask, admission)
+            raise
         reply = LiveReply(new, session, user_message, self._limits)
         self._live[session.id] = reply
         self._spawn(self._run(reply, ask, request, admission))
@@ -457,6 +465,8 @@ class Sessions:
         reply.failure = failure
         if row is not None and row.message_id is not None:
             reply.message = await self._saved(row.message_id)
+        if failure is None:
+            self._open(reply, None)
         reply.stream.append(self._terminal(reply, completed, failure, row))
         reply.leave_alone()
         reply.done.set()
