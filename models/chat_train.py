@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from models import chat_data, chat_tokenizer
 
@@ -21,10 +22,7 @@ VOCABULARY = 512
 WARM_UP_STEPS = 100
 LOG_EVERY = 50
 
-# Counting writes by far the most tokens and is soon sure of most of them.
-TOKEN_WEIGHT = {"count": 0.25}
 RESULT_WEIGHT = 3.0
-COUNT_END_WEIGHT = 2.0
 FAR_DISTANCE = 200
 TOKENS_PER_TURN = 40
 # How often a kind of turn is drawn at least, relative to the others, however small its error has become.
@@ -65,13 +63,18 @@ class Phase:
         peak_rate: Learning rate after the warm-up.
         falls: The steps at which the rate leaves the peak and would reach zero; none for a plateau to the end.
         far_share: Share of conversations that ask for a name only after many turns. If there are any, the tokens that
-            decide such an answer and the end of a count weigh more.
+            decide such an answer weigh more.
+        count_weights: Weight of the tokens inside a count and of its end. Counting writes by far the most tokens and is
+            soon sure of most of them.
+        rope_theta: Base of the rotary positions.
     """
 
     stages: tuple[Stage, ...]
     peak_rate: float
     falls: tuple[int, int] | None = None
     far_share: float = 0.0
+    count_weights: tuple[float, float] = (0.25, 0.25)
+    rope_theta: float = 10_000.0
 
     @property
     def steps(self) -> int:
@@ -92,16 +95,25 @@ class Phase:
 
 SHORT, MEDIUM, LONG, LONGER, LONGEST = Shape(128, 64), Shape(256, 32), Shape(512, 16), Shape(1024, 8), Shape(2048, 4)
 # Short conversations first: copying is learned an order of magnitude sooner where there is little to choose from. The
-# second phase stretches it to the whole context, the third learns to recall across it. Some steps stay short to the
-# end, as most conversations are.
+# second phase meets the whole context, the third asks across it. The last one turns the positions more slowly, which
+# lets heads that learned to match contents over hundreds of tokens do so over thousands, and settles.
 RECIPE = (
     Phase((Stage((SHORT,), 500), Stage((MEDIUM,), 1175)), peak_rate=4e-3),
-    Phase((Stage((LONGEST, SHORT, LONGEST, MEDIUM), 600),), peak_rate=3e-3, falls=(270, 1800)),
+    Phase((Stage((LONGEST, SHORT, LONGEST, MEDIUM), 601),), peak_rate=3e-3, falls=(270, 1800)),
     Phase(
-        (Stage((LONG, LONGER, MEDIUM), 450), Stage((LONGEST, LONG, LONGEST, SHORT), 900)),
+        (Stage((LONG, LONGER, MEDIUM), 450), Stage((LONGEST, LONG, LONGEST, SHORT), 151)),
         peak_rate=3e-3,
         falls=(300, 1350),
         far_share=0.6,
+        count_weights=(0.25, 2.0),
+    ),
+    Phase(
+        (Stage((LONGEST, MEDIUM, LONG, SHORT), 800),),
+        peak_rate=2.5e-3,
+        falls=(80, 800),
+        far_share=0.6,
+        count_weights=(0.6, 0.6),
+        rope_theta=100_000.0,
     ),
 )
 
@@ -136,7 +148,6 @@ def configuration() -> LlamaConfig:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=chat_tokenizer.CONTEXT,
-        rope_theta=10_000.0,
         tie_word_embeddings=True,
         initializer_range=0.04,
         bos_token_id=None,
@@ -162,45 +173,41 @@ class Encoder:
         """How many tokens a turn takes."""
         return len(self.message("user", turn.user)) + len(self.message("assistant", turn.assistant))
 
-    def answer_weights(self, kind: str, answer: list[int], distance: int) -> list[float]:
+    def answer_weights(self, kind: str, answer: list[int], distance: int, phase: Phase) -> list[float]:
         """Weight of every token of an answer; its role mark is given, so it weighs nothing.
 
         Args:
             kind: Kind of the turn.
             answer: Tokens of the answer.
             distance: Tokens since the name in it was mentioned last; 0 to weigh near and far alike.
+            phase: What the weights depend on.
         """
-        weight = TOKEN_WEIGHT.get(kind, 1.0) + distance / FAR_DISTANCE
-        weights = [0.0] + [weight] * (len(answer) - 1)
+        inside, end = phase.count_weights if kind == "count" else (1.0 + distance / FAR_DISTANCE,) * 2
+        weights = [0.0] + [inside] * (len(answer) - 3) + [end] * 2
         if kind == "add":
             result = answer.index(self._equals) + 1
             weights[result:] = [RESULT_WEIGHT] * (len(answer) - result)
         return weights
 
-    def example(self, rng: random.Random, share: dict[str, float], length: int, far_share: float) -> Example:
+    def example(self, rng: random.Random, share: dict[str, float], length: int, phase: Phase) -> Example:
         """Draw one training conversation that fills ``length + 1`` tokens; the last turn may be cut."""
         example = Example([], [], [], [])
-        mentions = {"tell_name": 0, "ask_name": 0, "persona": 0}
+        mentions = {"ask_name": 0, "persona": 0}
 
         def fits(turn: chat_data.Turn) -> bool:
             user, assistant = self.message("user", turn.user), self.message("assistant", turn.assistant)
-            distance = len(example.tokens) - mentions[turn.kind] if far_share and turn.kind in mentions else 0
-            weights = self.answer_weights(turn.kind, assistant, 0 if turn.kind == "tell_name" else distance)
-            if far_share and turn.kind == "count":
-                weights[-2:] = [COUNT_END_WEIGHT] * 2
+            distance = len(example.tokens) - mentions[turn.kind] if phase.far_share and turn.kind in mentions else 0
             example.tokens.extend(user + assistant)
-            example.weights.extend([0.0] * len(user) + weights)
+            example.weights.extend([0.0] * len(user) + self.answer_weights(turn.kind, assistant, distance, phase))
             example.kinds.append(turn.kind)
             example.answers.extend([0] * (len(user) + 1) + [len(example.kinds)] * (len(assistant) - 1))
-            if turn.kind in mentions:
-                mentions[turn.kind] = len(example.tokens)
-                if turn.kind != "persona":
-                    mentions["ask_name"] = len(example.tokens)
+            mentions["ask_name" if turn.kind == "tell_name" else turn.kind] = len(example.tokens)
             return len(example.tokens) <= length
 
         longest_count = min(chat_data.LONGEST_COUNT, max(8, (length - 40) // 4))
         # No draw where nothing is far, so that the earlier phases do not depend on this one.
-        longest_quiet = length // TOKENS_PER_TURN if far_share and rng.random() < far_share else 0
+        asks_late = phase.far_share and rng.random() < phase.far_share
+        longest_quiet = length // TOKENS_PER_TURN if asks_late else 0
         conversation = chat_data.training_conversation(rng, share, fits, longest_count, longest_quiet)
         system = [] if conversation.system is None else self.message("system", conversation.system)
         example.tokens = (system + example.tokens)[: length + 1]
@@ -211,7 +218,7 @@ class Encoder:
 
 def draw_batch(encoder: Encoder, rng: random.Random, share: dict[str, float], shape: Shape, far_share: float) -> Batch:
     """Draw the examples of one step."""
-    examples = [encoder.example(rng, share, shape.length, far_share) for _ in range(shape.batch)]
+    examples = [encoder.example(rng, share, shape.length, phase) for _ in range(shape.batch)]
     kinds: list[str] = []
     answers = []
     for example in examples:
@@ -299,15 +306,22 @@ def run(
     return model.eval()
 
 
+def turn_positions(model: LlamaForCausalLM, rope_theta: float) -> None:
+    """Set the base of the rotary positions."""
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": rope_theta}
+    model.model.rotary_emb = LlamaRotaryEmbedding(model.config)
+
+
 def run_phase(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, phase: Phase, rng: random.Random) -> None:
     """Train ``model`` for one phase, with fresh optimizers and a fresh mixture."""
+    turn_positions(model, phase.rope_theta)
     encoder, mixture, steppers = Encoder(tokenizer), Mixture(), optimizers(model, phase.peak_rate)
     model.train()
     for step, shape in enumerate(phase.shapes()):
         for stepper in steppers:
             for group in stepper.param_groups:
                 group["lr"] = phase.rate(step)
-        batch = draw_batch(encoder, rng, mixture.share(), shape, phase.far_share)
+        batch = draw_batch(encoder, rng, mixture.share(), shape, phase)
         loss, wrong = train_step(model, batch, steppers)
         mixture.update(batch, wrong)
         if step % LOG_EVERY == 0:
