@@ -216,7 +216,7 @@ class Encoder:
         return example
 
 
-def draw_batch(encoder: Encoder, rng: random.Random, share: dict[str, float], shape: Shape, far_share: float) -> Batch:
+def draw_batch(encoder: Encoder, rng: random.Random, share: dict[str, float], shape: Shape, phase: Phase) -> Batch:
     """Draw the examples of one step."""
     examples = [encoder.example(rng, share, shape.length, phase) for _ in range(shape.batch)]
     kinds: list[str] = []
