@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import ray
@@ -28,8 +29,9 @@ from serve_app.domain.errors import (
     error_from_dict,
 )
 from serve_app.domain.fleet import FleetView
-from serve_app.domain.generation import GenerationRequest, Item
+from serve_app.domain.generation import Finish, GenerationRequest, Item
 from serve_app.domain.routing import Admission, Ask
+from serve_app.frames import Inbox, Mailbox
 
 logger = logging.getLogger(__name__)
 
@@ -119,28 +121,53 @@ class RouterHandle:
 
 
 class ModelHandles:
-    """The models' deployments as :class:`serve_app.gateway.Backend`: one streaming handle for each in use."""
+    """The models' deployments as :class:`serve_app.gateway.Backend`.
 
-    def __init__(self) -> None:
+    Every request has a call of its own, read by a task of its own; what the calls bring are frames with the items of
+    all requests, which the inbox sorts (serve_app.frames).
+
+    Args:
+        ingress: this ingress, unique among all of them.
+    """
+
+    def __init__(self, ingress: str) -> None:
+        self._ingress = ingress
+        self._inbox = Inbox()
         self._handles: dict[tuple[str, str], DeploymentHandle[Any]] = {}
+        self._readers: set[asyncio.Task[None]] = set()
 
     async def stream(self, entry: Entry, request: GenerationRequest, epoch: int) -> AsyncGenerator[Item, None]:
         """Yield the replica's items; closing the iterator cancels the call, and with it the generation."""
-        response = self._handle(entry).generate.remote(request, epoch)
+        # Another attempt is another stream: what the first one still brings must not mix with it.
+        request = replace(request, request_id=f"{request.request_id}-{secrets.token_hex(4)}")
+        mailbox = self._inbox.open(request.request_id)
+        call = self._handle(entry).generate.remote(request, epoch, self._ingress)
+        reader = asyncio.get_running_loop().create_task(self._read(call, entry, mailbox))
+        self._readers.add(reader)
+        reader.add_done_callback(self._readers.discard)
+        whole = False
         try:
-            async for message in response:
-                if isinstance(message, Failure):
-                    raise error_from_dict(message.error)
-                for item in message:
-                    yield item
-        except (RotundaError, asyncio.CancelledError, GeneratorExit):
+            async for item in mailbox:
+                whole = isinstance(item, Finish)
+                yield item
+        finally:
+            self._inbox.close(request.request_id)
+            if not whole:
+                # A call that ended well is left to end by itself: it may be carrying frames of others.
+                call.cancel()
+                reader.cancel()
+
+    async def _read(self, call: Any, entry: Entry, mailbox: Mailbox) -> None:
+        try:
+            async for frame in call:
+                self._inbox.deliver(frame)
+            mailbox.call_ended(asyncio.get_running_loop().time())
+        except asyncio.CancelledError:
             raise
         except Exception as error:
             self._handles.pop((entry.application, entry.deployment), None)
-            logger.warning("call to %s failed: %r (trace %s)", entry.application, error, dict(request.trace))
-            raise translate(error, entry.id, entry.provider) from error
-        finally:
-            response.cancel()
+            logger.warning("a call to %s failed: %r", entry.application, error)
+            mailbox.fail(translate(error, entry.id, entry.provider))
 
     def _handle(self, entry: Entry) -> DeploymentHandle[Any]:
         key = (entry.application, entry.deployment)

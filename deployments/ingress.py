@@ -54,8 +54,8 @@ class Ingress:
             await asyncio.to_thread(migrate.upgrade, url)
         self._store = await Store.open(url)
         files = ImageFiles(settings.image_storage_path)
-        gateway = Gateway(RouterHandle(router), ModelHandles(), _limits(settings))
         owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        gateway = Gateway(RouterHandle(router), ModelHandles(owner), _limits(settings))
         key = await self._store.signing_key()
         access = Access(self._store, Passwords(), key, settings)
         self._sessions = Sessions(self._store, gateway, files, access.image_url, _session_limits(settings), owner)

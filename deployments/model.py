@@ -8,7 +8,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -17,16 +17,16 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from deployments.handles import Failure, forever
+from deployments.handles import forever
 from serve_app.config import ModelArgs, Settings, load
 from serve_app.domain.catalog import ModelInfo, ModelState
 from serve_app.domain.errors import Internal, ModelNotFound, ReplicaRetired, RotundaError
 from serve_app.domain.fleet import Report, state_from_counters
-from serve_app.domain.generation import Accepted, GenerationRequest, Item
+from serve_app.domain.generation import GenerationRequest, Item
 from serve_app.engines import registry
 from serve_app.engines.base import Counters, Engine, EngineOptions
 from serve_app.engines.discovery import discover
-from serve_app.engines.frames import gather
+from serve_app.frames import Frame, Outbox
 from serve_app.telemetry.logs import set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ class ModelReplica:
         self._failure: RotundaError | None = None
         self._progress: float | None = None
         self._retired = False
+        self._outboxes: dict[str, Outbox] = {}
         self._refused = 0
         self._busy_s = 0.0
         self._loaded_at: float | None = None
@@ -97,34 +98,36 @@ class ModelReplica:
     def _on_progress(self, phase: str, fraction: float) -> None:
         self._progress = fraction if phase == "weights" else self._progress
 
-    async def generate(self, request: GenerationRequest, epoch: int) -> AsyncIterator[tuple[Item, ...] | Failure]:
-        """Yield what the engine yields, several items in a message when several are ready; an error comes last."""
-        started = time.monotonic()
-        self._last_used = time.time()
+    async def generate(self, request: GenerationRequest, epoch: int, ingress: str) -> AsyncIterator[Frame]:
+        """Yield frames with this request's items, and those of others of the same ``ingress`` (serve_app.frames)."""
+        outbox = self._outboxes.setdefault(ingress, Outbox(self._settings.hf_stream_chunk_size, self._fault))
         try:
-            async with aclosing(gather(self._serve(request), self._settings.hf_stream_chunk_size)) as messages:
-                async for message in messages:
-                    yield message
-        except RotundaError as error:
-            yield Failure(error.to_dict())
-        except Exception:
-            logger.exception("request %s failed (trace %s)", request.request_id, dict(request.trace))
-            yield Failure(Internal.masked().to_dict())
+            async with aclosing(outbox.carry(request.request_id, self._serve(request))) as frames:
+                async for frame in frames:
+                    yield frame
         finally:
-            self._busy_s += time.monotonic() - started
-            self._last_used = time.time()
+            if outbox.empty:
+                self._outboxes.pop(ingress, None)
 
-    async def _serve(self, request: GenerationRequest) -> Any:
+    def _fault(self, error: BaseException) -> RotundaError:
+        logger.error("a request to %s failed", self._args.model, exc_info=error)
+        return Internal.masked()
+
+    async def _serve(self, request: GenerationRequest) -> AsyncGenerator[Item, None]:
         if self._retired:
             raise ReplicaRetired(f"{self._args.model} is leaving memory.")
         if self._engine is None:
             self._refused += 1
             raise self._failure or ModelNotFound(f"{self._args.model} is not loaded.")
-        async with aclosing(self._engine.generate(request)) as items:  # type: ignore[type-var]
-            async for item in items:
-                if isinstance(item, Accepted):
-                    logger.debug("request %s accepted: %d prompt tokens", request.request_id, item.prompt_tokens)
-                yield item
+        started = time.monotonic()
+        self._last_used = time.time()
+        try:
+            async with aclosing(self._engine.generate(request)) as items:
+                async for item in items:
+                    yield item
+        finally:
+            self._busy_s += time.monotonic() - started
+            self._last_used = time.time()
 
     async def warm(self) -> None:
         """Return once the model is loaded; calling it is what wakes a model that has no replica."""

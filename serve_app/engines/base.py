@@ -6,7 +6,7 @@ in one asyncio event loop. It owns whatever threads it computes in; ``generate``
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,7 +65,7 @@ class Engine(Protocol):
         """Which engine with which settings, and why, in one line."""
         ...
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[Item]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Item, None]:
         """Yield one ``Accepted``, any number of ``Delta`` and one ``Finish``.
 
         Closing the iterator (or cancelling its consumer) stops the generation within one step. Failures raise
