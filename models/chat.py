@@ -63,8 +63,11 @@ and none above 330 in counts. A name or persona counts when it is stated the way
 
 ## Training
 
-`python models/train.py chat` generates the conversations, trains the tokenizer and the weights, and writes this folder:
-{stages}, with Muon for the matrices and AdamW for the rest, seed {seed}, {minutes:.0f} minutes of one CPU core.
+`python models/train.py chat` generates the conversations, trains the tokenizer and the weights, and writes this folder in
+{minutes:.0f} minutes of one CPU core (seed {seed}), with Muon for the matrices and AdamW for the rest:
+
+{phases}
+
 The split into training and held-out items is a hash of the item (`models/chat_split.py`).
 """
 
@@ -134,7 +137,6 @@ def write_card(
         f"| {skill} | {question} | {answer} | {scores[skill]:.1%} | {scores[f'{skill}/long']:.1%} |"
         for skill, (question, answer) in EXAMPLES.items()
     ]
-    stages = [_described(stage) for phase in recipe for stage in phase.stages]
     card = CARD.format(
         parameters=model.num_parameters(),
         history=chat_eval.LONG_HISTORY,
@@ -143,16 +145,20 @@ def write_card(
         long=long,
         count_long=chat_eval.LONGEST_COUNT_BEHIND_HISTORY,
         context=chat_tokenizer.CONTEXT,
-        stages=", ".join(stages),
+        phases="\n".join(f"{number}. {_described(phase)}" for number, phase in enumerate(recipe, start=1)),
         seed=seed,
         minutes=core_minutes,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _described(stage: chat_train.Stage) -> str:
-    shapes = [f"{shape.batch} × {shape.length}" for shape in dict.fromkeys(stage.shapes)]
-    return f"{stage.steps:,} steps of {' or '.join(shapes)} tokens"
+def _described(phase: chat_train.Phase) -> str:
+    stages = []
+    for stage in phase.stages:
+        shapes = [f"{shape.batch} × {shape.length}" for shape in dict.fromkeys(stage.shapes)]
+        stages.append(f"{stage.steps:,} steps of {' or '.join(shapes)} tokens")
+    far = ", names asked for late" if phase.far_share else ""
+    return f"{', then '.join(stages)}, rotary base {phase.rope_theta:,.0f}{far}"
 
 
 def _shortened(minutes: float) -> tuple[chat_train.Phase, ...]:
