@@ -234,6 +234,6 @@ def _subclasses(root: type[RotundaError]) -> list[type[RotundaError]]:
 
 def error_from_dict(data: Mapping[str, Any]) -> RotundaError:
     """Read :meth:`RotundaError.to_dict` back; an unknown code becomes :class:`Internal` and keeps its message."""
-    leaves = {kind.code: kind for kind in _subclasses(RotundaError)}
+    leaves = {kind.code: kind for kind in _subclasses(RotundaError) if kind.__module__ == __name__}
     kind = leaves.get(str(data.get("code")), Internal)
     return kind(str(data.get("message")), data.get("provider"), data.get("retryable"), data.get("details"))

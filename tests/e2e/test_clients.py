@@ -66,7 +66,9 @@ def test_gql_runs_every_kept_operation(cluster: Cluster) -> None:
     with Client(transport=transport, fetch_schema_from_transport=True) as session:
 
         def run(query: str, **variables: Any) -> dict[str, Any]:
-            return dict(session.execute(gql(query), variable_values=variables))
+            request = gql(query)
+            request.variable_values = variables
+            return dict(session.execute(request))
 
         made = run(
             """mutation($input: CreateConversationInput!) { createConversation(input: $input) {
