@@ -53,9 +53,8 @@ def train_vision(arguments: argparse.Namespace) -> None:
     from models import vision
 
     folder = arguments.out / "tiny-vision"
-    if not arguments.evaluate_only:
-        vision.train(folder, seed=arguments.seed)
-    _report("tiny-vision", vision.evaluate(folder))
+    scores = vision.evaluate(folder) if arguments.evaluate_only else vision.train(folder, seed=arguments.seed)
+    _report("tiny-vision", scores)
 
 
 def _report(name: str, scores: dict[str, float]) -> None:

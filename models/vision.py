@@ -481,8 +481,8 @@ def train_language_model(
                 LOGGER.info("language step %d/%d: loss %.4f", done, total, running)
 
 
-def train(out: pathlib.Path, seed: int, recipe: Recipe | None = None) -> None:
-    """Train `tiny-vision` from nothing and write its folder, the measured model card included."""
+def train(out: pathlib.Path, seed: int, recipe: Recipe | None = None) -> dict[str, float]:
+    """Train `tiny-vision` from nothing, write its folder with the measured model card, and return what was measured."""
     recipe = recipe or Recipe()
     started = time.process_time()
     processor = build_processor(build_tokenizer(Author(random.Random(f"{seed}/tokenizer"), held_out=False)))
@@ -501,7 +501,9 @@ def train(out: pathlib.Path, seed: int, recipe: Recipe | None = None) -> None:
     LOGGER.info("training done: CPU %.0f s", seconds)
     model.eval().save_pretrained(out)
     processor.save_pretrained(out)
-    write_card(out, model.num_parameters(), seconds, seed, evaluate(out))
+    scores = evaluate(out)
+    write_card(out, model.num_parameters(), seconds, seed, scores)
+    return scores
 
 
 def write_card(folder: pathlib.Path, parameters: int, seconds: float, seed: int, scores: dict[str, float]) -> None:
