@@ -21,7 +21,8 @@ from serve_app.config.sources import PLATFORM
 from serve_app.domain.backoff import Backoff
 from serve_app.domain.errors import RotundaError
 from serve_app.gateway import Gateway, Limits
-from serve_app.sessions import SessionLimits, Sessions
+from serve_app.replies import SessionLimits
+from serve_app.sessions import Sessions
 from serve_app.store import migrate
 from serve_app.store.images import ImageFiles
 from serve_app.store.passwords import Passwords

@@ -33,7 +33,8 @@ from serve_app.domain.routing import Admission, Ask, Granted, Lease, Waiting, ch
 from serve_app.engines.base import EngineOptions
 from serve_app.engines.scripted import ScriptedEngine
 from serve_app.gateway import Gateway, Limits
-from serve_app.sessions import SessionLimits, Sessions
+from serve_app.replies import SessionLimits
+from serve_app.sessions import Sessions
 from serve_app.store import migrate
 from serve_app.store.images import ImageFiles
 from serve_app.store.passwords import Passwords

@@ -15,7 +15,7 @@ from serve_app.api.pictures import Limits, Picture, clean
 from serve_app.config import Settings
 from serve_app.domain.errors import InvalidInput, PayloadTooLarge
 from serve_app.domain.generation import Image
-from serve_app.sessions import Upload
+from serve_app.replies import Upload
 from serve_app.store.images import ImageFiles
 from serve_app.store.records import NewImage
 

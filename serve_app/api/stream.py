@@ -24,7 +24,7 @@ from serve_app.domain.errors import (
     ProviderUnavailable,
     RotundaError,
 )
-from serve_app.sessions import LiveReply, NewReply
+from serve_app.replies import LiveReply, NewReply
 from serve_app.store.records import new_id
 
 TITLE_LENGTH = 60

@@ -9,7 +9,7 @@ import pytest
 from serve_app.domain.conversation import SessionStatus, TerminationReason
 from serve_app.domain.errors import ConversationBusy
 from serve_app.domain.events import SessionOpened, Terminated
-from serve_app.sessions import LiveReply, NewReply
+from serve_app.replies import LiveReply, NewReply
 from tests.doubles import LocalPlatform
 
 SLOW = "[[tokens=100000 pace=0.005]]"

@@ -17,7 +17,7 @@ from gql.transport.exceptions import TransportQueryError
 from serve_app.domain.catalog import ModelState
 from serve_app.domain.conversation import SessionStatus, StreamSession
 from serve_app.domain.errors import ProviderUnavailable
-from serve_app.sessions import LiveReply
+from serve_app.replies import LiveReply
 from serve_app.store.records import NewSession
 from tests.contract.conftest import MakePlatform
 from tests.contract.graphql_client import (

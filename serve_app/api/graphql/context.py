@@ -15,7 +15,7 @@ from serve_app.api.access import ANONYMOUS
 from serve_app.api.context import TOKEN_HEADER, address_of, caller_of, token_of, trace_of
 from serve_app.api.services import Services
 from serve_app.domain.conversation import Conversation, SessionStatus, StoredImage, StoredMessage, StreamSession
-from serve_app.sessions import LiveReply
+from serve_app.replies import LiveReply
 from serve_app.telemetry.propagation import new_trace
 
 

@@ -29,7 +29,7 @@ from serve_app.domain.errors import (
     NotFound,
     RotundaError,
 )
-from serve_app.sessions import LiveReply, NewReply
+from serve_app.replies import LiveReply, NewReply
 
 MAX_ID = 200
 MAX_NAME = 500

@@ -10,7 +10,7 @@ from serve_app.config import Settings
 from serve_app.domain import generation
 from serve_app.domain.conversation import Conversation
 from serve_app.domain.errors import InvalidInput
-from serve_app.sessions import LiveReply, NewReply
+from serve_app.replies import LiveReply, NewReply
 
 
 def checked_text(text: str, settings: Settings) -> str:

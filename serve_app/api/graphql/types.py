@@ -13,7 +13,7 @@ from serve_app.api.graphql.resolvers import field
 from serve_app.domain import conversation as domain
 from serve_app.domain import generation
 from serve_app.domain.errors import InvalidInput
-from serve_app.sessions import LiveReply
+from serve_app.replies import LiveReply
 
 GraphInfo = Info[Context, None]
 MAX_PAGE = 500
