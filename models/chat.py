@@ -63,8 +63,8 @@ and none above 330 in counts. A name or persona counts when it is stated the way
 
 ## Training
 
-`python models/train.py chat` generates the conversations, trains the tokenizer and the weights, and writes this folder in
-{minutes:.0f} minutes of one CPU core (seed {seed}), with Muon for the matrices and AdamW for the rest:
+`python models/train.py chat` generates the conversations, trains the tokenizer and the weights, and writes this folder
+in {minutes:.0f} minutes of one CPU core (seed {seed}), with Muon for the matrices and AdamW for the rest:
 
 {phases}
 
