@@ -10,7 +10,7 @@ import asyncio
 import functools
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.domain.catalog import Entry
+from serve_app.domain.embeddings import Embeddings
 from serve_app.domain.errors import (
     DeadlineExceeded,
     Internal,
@@ -133,7 +134,7 @@ class ModelHandles:
     def __init__(self, ingress: str) -> None:
         self._ingress = ingress
         self._inbox = Inbox()
-        self._handles: dict[tuple[str, str], DeploymentHandle[Any]] = {}
+        self._handles: dict[tuple[str, bool], DeploymentHandle[Any]] = {}
         self._readers: set[asyncio.Task[None]] = set()
 
     async def stream(self, entry: Entry, request: GenerationRequest, epoch: int) -> AsyncGenerator[Item, None]:
@@ -141,7 +142,7 @@ class ModelHandles:
         # Another attempt is another stream: what the first one still brings must not mix with it.
         request = replace(request, request_id=f"{request.request_id}-{secrets.token_hex(4)}")
         mailbox = self._inbox.open(request.request_id)
-        call = self._handle(entry).generate.remote(request, epoch, self._ingress)
+        call = self._handle(entry, stream=True).generate.remote(request, epoch, self._ingress)
         reader = asyncio.get_running_loop().create_task(self._read(call, entry, mailbox))
         self._readers.add(reader)
         reader.add_done_callback(self._readers.discard)
@@ -157,6 +158,17 @@ class ModelHandles:
                 call.cancel()
                 reader.cancel()
 
+    async def embed(self, entry: Entry, texts: Sequence[str], epoch: int) -> Embeddings:
+        """One vector for each text."""
+        try:
+            answer = await self._handle(entry, stream=False).embed.remote(tuple(texts), epoch)
+        except Exception as error:
+            self._forget(entry)
+            raise translate(error, entry.id, entry.provider) from error
+        if isinstance(answer, Failure):
+            raise error_from_dict(answer.error)
+        return answer  # type: ignore[no-any-return]
+
     async def _read(self, call: Any, entry: Entry, mailbox: Mailbox) -> None:
         try:
             async for frame in call:
@@ -165,13 +177,18 @@ class ModelHandles:
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            self._handles.pop((entry.application, entry.deployment), None)
+            self._forget(entry)
             logger.warning("a call to %s failed: %r", entry.application, error)
             mailbox.fail(translate(error, entry.id, entry.provider))
 
-    def _handle(self, entry: Entry) -> DeploymentHandle[Any]:
-        key = (entry.application, entry.deployment)
+    def _handle(self, entry: Entry, stream: bool) -> DeploymentHandle[Any]:
+        key = (entry.application, stream)
         if key not in self._handles:
             handle: DeploymentHandle[Any] = DeploymentHandle(entry.deployment, entry.application)
-            self._handles[key] = handle.options(stream=True)
+            self._handles[key] = handle.options(stream=stream)
         return self._handles[key]
+
+    def _forget(self, entry: Entry) -> None:
+        """A handle whose call failed may belong to an application that was deployed anew since."""
+        for stream in (True, False):
+            self._handles.pop((entry.application, stream), None)

@@ -8,8 +8,9 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -17,15 +18,17 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from deployments.handles import forever
+from deployments.handles import answering, forever
 from serve_app.config import ModelArgs, Settings, load
 from serve_app.domain.catalog import ModelInfo, ModelState
-from serve_app.domain.errors import Internal, ModelNotFound, ReplicaRetired, RotundaError
+from serve_app.domain.embeddings import Embeddings
+from serve_app.domain.errors import CapabilityMissing, Internal, ModelNotFound, ReplicaRetired, RotundaError
 from serve_app.domain.fleet import Report, state_from_counters
 from serve_app.domain.generation import GenerationRequest, Item
 from serve_app.engines import registry
 from serve_app.engines.base import Counters, Engine, EngineOptions
 from serve_app.engines.discovery import discover
+from serve_app.engines.embed import EmbeddingEngine
 from serve_app.frames import Frame, Outbox
 from serve_app.telemetry.logs import set_up_logging
 
@@ -82,6 +85,8 @@ class ModelReplica:
     def _create(self) -> Engine:
         info = self._find()
         options = EngineOptions(**self._args.engine_options())
+        if self._args.num_gpus and self._settings.hf_enable_gpu:
+            options = replace(options, extra=(*options.extra, ("use_gpu", True)))
         return registry.create(self._args.engine, info, options, on_progress=self._on_progress)
 
     def _find(self) -> ModelInfo:
@@ -109,22 +114,41 @@ class ModelReplica:
             if outbox.empty:
                 self._outboxes.pop(ingress, None)
 
+    @answering
+    async def embed(self, texts: tuple[str, ...], epoch: int) -> Embeddings:
+        """One vector for each text."""
+        engine = self._loaded()
+        if not isinstance(engine, EmbeddingEngine):
+            raise CapabilityMissing(f"{self._args.model} makes text, no embeddings.")
+        with self._timed():
+            return await engine.embed(texts)
+
     def _fault(self, error: BaseException) -> RotundaError:
         logger.error("a request to %s failed", self._args.model, exc_info=error)
         return Internal.masked()
 
     async def _serve(self, request: GenerationRequest) -> AsyncGenerator[Item, None]:
+        engine = self._loaded()
+        with self._timed():
+            async with aclosing(engine.generate(request)) as items:
+                async for item in items:
+                    yield item
+
+    def _loaded(self) -> Engine:
+        """The engine, or the reason why there is none for new requests."""
         if self._retired:
             raise ReplicaRetired(f"{self._args.model} is leaving memory.")
         if self._engine is None:
             self._refused += 1
             raise self._failure or ModelNotFound(f"{self._args.model} is not loaded.")
+        return self._engine
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
         started = time.monotonic()
         self._last_used = time.time()
         try:
-            async with aclosing(self._engine.generate(request)) as items:
-                async for item in items:
-                    yield item
+            yield
         finally:
             self._busy_s += time.monotonic() - started
             self._last_used = time.time()

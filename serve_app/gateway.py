@@ -10,13 +10,14 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from serve_app.domain.backoff import Backoff
 from serve_app.domain.catalog import Entry
+from serve_app.domain.embeddings import Embeddings
 from serve_app.domain.errors import DeadlineExceeded, InvalidInput, Phase, ProviderError, ReplicaRetired, RotundaError
 from serve_app.domain.events import Loading, Queued, Switched
 from serve_app.domain.fleet import FleetView
@@ -46,6 +47,8 @@ class Backend(Protocol):
     """Makes one model answer."""
 
     def stream(self, entry: Entry, request: GenerationRequest, epoch: int) -> AsyncGenerator[Item, None]: ...
+
+    async def embed(self, entry: Entry, texts: Sequence[str], epoch: int) -> Embeddings: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +174,34 @@ class Gateway:
         async with aclosing(self._route(ask, granted, request, record)) as steps:
             async for step in steps:
                 yield step
+
+    async def embed(self, ask: Ask, texts: Sequence[str]) -> Embeddings:
+        """One vector for each text, from the model that was asked for: those of another would mean something else.
+
+        Raises:
+            RotundaError: it cannot, also after the tries that the backoff allows.
+        """
+        granted: Granted | None = None
+        async with aclosing(self._wait(ask, None)) as news:
+            async for item in news:
+                granted = item if isinstance(item, Granted) else granted
+        assert granted is not None
+        entry, failures = granted.route.first.entry, 0
+        while True:
+            try:
+                async with asyncio.timeout(self._limits.total_s):
+                    return await self._backend.embed(entry, texts, granted.lease.epoch)
+            except TimeoutError:
+                raise DeadlineExceeded.during("total", self._limits.total_s, entry.provider) from None
+            except RotundaError as error:
+                self._leases.clear()
+                failures += 1
+                delay = self._limits.backoff.delay_s(failures, random.random) if error.retryable else None
+                if delay is None:
+                    raise
+                failure = error
+            await asyncio.sleep(delay)
+            granted = await self._again(ask, granted, failure)
 
     async def _wait(self, ask: Ask, admission: Admission | None) -> AsyncGenerator[Queued | Loading | Granted, None]:
         """Admit: yield what the client may know while it waits, and at last the grant."""

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import shutil
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from serve_app.api.services import Services
 from serve_app.config import Settings
 from serve_app.domain.backoff import Backoff
 from serve_app.domain.catalog import Capability, Catalogue, Entry, ModelInfo, ModelState, application_name
+from serve_app.domain.embeddings import Embeddings
 from serve_app.domain.fleet import Failed, Fleet, FleetView, ProviderStatus, Report
 from serve_app.domain.generation import GenerationRequest, Item
 from serve_app.domain.routing import Admission, Ask, Granted, Lease, Waiting, choose
@@ -138,6 +139,10 @@ class LocalBackend:
         async with aclosing(items):
             async for item in items:
                 yield item
+
+    async def embed(self, entry: Entry, texts: Sequence[str], epoch: int) -> Embeddings:
+        """Vectors that tell the lengths of their texts."""
+        return Embeddings(tuple((float(len(text)), 1.0) for text in texts), sum(len(text.split()) for text in texts))
 
 
 @dataclass

@@ -8,6 +8,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from serve_app.api.body import BodyLimit, most_bytes
 from serve_app.api.context import TOKEN_HEADER
+from serve_app.api.embeddings import embeddings_router
 from serve_app.api.errors import Boundary, Traced, install
 from serve_app.api.gate import Gate
 from serve_app.api.graphql import graphql_router
@@ -36,6 +37,7 @@ def create_app(services: Services) -> FastAPI:
         models_router(services),
         images_router(services),
         openai_router(services),
+        embeddings_router(services),
         graphql_router(services),
     ):
         app.include_router(router)

@@ -6,11 +6,12 @@ in one asyncio event loop. It owns whatever threads it computes in; ``generate``
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from serve_app.domain.catalog import ModelInfo
+from serve_app.domain.embeddings import Embeddings
 from serve_app.domain.generation import GenerationRequest, Item
 
 Progress = Callable[[str, float], None]
@@ -81,4 +82,12 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """End running requests with an error and free what the engine holds."""
+        ...
+
+
+class Embedder(Engine, Protocol):
+    """An engine whose model makes vectors."""
+
+    async def embed(self, texts: Sequence[str]) -> Embeddings:
+        """One vector for each text. Raises :class:`RotundaError` only."""
         ...

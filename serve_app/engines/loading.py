@@ -39,25 +39,31 @@ class Loaded:
     attention: str
 
 
-def load(info: ModelInfo, options: EngineOptions, on_progress: Progress = no_progress) -> Loaded:
+def load(
+    info: ModelInfo,
+    options: EngineOptions,
+    on_progress: Progress = no_progress,
+    classes: Mapping[Task, str] = CLASSES,
+) -> Loaded:
     """Look at the files once more, then load them. Blocks.
 
-    ``extra``: ``use_gpu`` (false) puts the model on the GPUs, if there are any.
+    ``extra``: ``use_gpu`` (false) puts the model on the GPUs, if there are any. ``classes``: the tasks that the caller
+    can do, each with the transformers class for it.
 
     Raises:
         ModelUnsafe, CapabilityMissing, ModelLoadFailed: the files say so.
         ModelLoadFailed: loading failed; ``retryable`` when that may heal by itself.
         MemoryExceeded: it does not fit.
     """
-    _check_again(info)
+    _check_again(info, classes)
     try:
-        return _load(info, options, on_progress)
+        return _load(info, options, on_progress, classes)
     except Exception as fault:  # the border to the libraries: whatever they raise becomes one of ours
         log.exception("loading %s failed", info.id)
         raise translate(fault, "load") from None
 
 
-def _check_again(info: ModelInfo) -> None:
+def _check_again(info: ModelInfo, classes: Mapping[Task, str]) -> None:
     path = Path(info.path)
     depth = 3 if path.parent.name == "snapshots" else info.id.count("/") + 1
     now = inspect(path, info.id, info.task, store=path.parents[min(depth, len(path.parents)) - 1])
@@ -65,11 +71,12 @@ def _check_again(info: ModelInfo) -> None:
         raise error_from_dict({"code": now.problem_code, "message": now.problem})
     if info.revision and now.revision != info.revision:
         raise ModelLoadFailed("The model's files have just changed. Try again.", retryable=True)
-    if info.task not in CLASSES:
-        raise CapabilityMissing(f"This engine generates text; the model is for {info.task or 'something unknown'}.")
+    if info.task not in classes:
+        able = ", ".join(task.value for task in classes)
+        raise CapabilityMissing(f"This engine is for {able}; the model is for {info.task or 'something unknown'}.")
 
 
-def _load(info: ModelInfo, options: EngineOptions, on_progress: Progress) -> Loaded:
+def _load(info: ModelInfo, options: EngineOptions, on_progress: Progress, classes: Mapping[Task, str]) -> Loaded:
     on_progress("import", 0.0)
     import torch
     import transformers
@@ -82,7 +89,7 @@ def _load(info: ModelInfo, options: EngineOptions, on_progress: Progress) -> Loa
     device = "cuda" if extra(options, "use_gpu", False) and torch.cuda.is_available() else "cpu"
     placement = {"device_map": "auto" if torch.cuda.device_count() > 1 else {"": 0}} if device == "cuda" else {}
     torch_dtype = "auto" if info.quantization else getattr(torch, dtype)
-    factory = getattr(transformers, CLASSES[info.task or Task.TEXT_GENERATION])
+    factory = getattr(transformers, classes[info.task or Task.TEXT_GENERATION])
     model, attention = _weights(factory, info.path, dtype=torch_dtype, **placement)
     tokenizer, processor = _text_side(transformers, info)
     on_progress("weights", 1.0)

