@@ -96,8 +96,13 @@ ADD_FORMS = (
 )
 
 
-def _operands(rng: random.Random, held_out: bool) -> tuple[int, int]:
+def _operands(rng: random.Random, held_out: bool, small: bool) -> tuple[int, int]:
     while True:
+        if small:
+            left, right = rng.randint(0, 9), rng.randint(0, rng.choice((9, 99)))
+            if chat_split.add_is_held_out(left, right) == held_out:
+                return (left, right) if rng.random() < 0.5 else (right, left)
+            continue
         largest = rng.choice((9, 99, 99, 99, 99, 99, 99, 99))
         left, right = rng.randint(0, largest), rng.randint(0, 99)
         if rng.random() < 0.5:
@@ -106,9 +111,9 @@ def _operands(rng: random.Random, held_out: bool) -> tuple[int, int]:
             return left, right
 
 
-def add_turn(rng: random.Random, held_out: bool, speaker: Speaker) -> Turn:
+def add_turn(rng: random.Random, held_out: bool, speaker: Speaker, small: bool = False) -> Turn:
     """A sum of two numbers up to 99. The answer restates the operands, which brings them next to the result."""
-    left, right = _operands(rng, held_out)
+    left, right = _operands(rng, held_out, small)
     question = rng.choice(ADD_FORMS).format(a=left, b=right)
     return Turn("add", _recased(rng, question), f"{left} + {right} = {left + right}.")
 
@@ -472,6 +477,7 @@ def training_conversation(
     fits: Callable[[Turn], bool],
     longest_count: int,
     longest_quiet: int = 0,
+    small_sums: float = 0.0,
 ) -> Conversation:
     """A conversation of the training side that goes on for as long as its turns fit.
 
@@ -484,6 +490,7 @@ def training_conversation(
         fits: Accounts for a turn; false ends the conversation.
         longest_count: Longest stretch of numbers to count.
         longest_quiet: If given, nobody asks for a name in up to so many first turns; then both names are asked for.
+        small_sums: Share of sums that surely have a one-digit operand, which are rare among all pairs.
     """
     far = longest_quiet > 0
     system, persona = draw_system(rng, False, _system_kind(rng, FAR_SYSTEM_SHARES if far else SYSTEM_SHARES))
@@ -502,6 +509,8 @@ def training_conversation(
         kind = due.pop() if due and not quiet else rng.choices(KINDS, odds)[0]
         if kind == "count":
             turn = count_turn(rng, False, speaker, rng.choice((12, 40, longest_count)))
+        elif kind == "add" and small_sums:
+            turn = add_turn(rng, False, speaker, small=rng.random() < small_sums)
         else:
             turn = TURN_MAKERS[kind](rng, False, speaker)
         turns.append(turn)

@@ -67,6 +67,7 @@ class Phase:
         count_weights: Weight of the tokens inside a count and of its end. Counting writes by far the most tokens and is
             soon sure of most of them.
         rope_theta: Base of the rotary positions.
+        small_sums: Share of sums that surely have a one-digit operand.
     """
 
     stages: tuple[Stage, ...]
@@ -75,6 +76,7 @@ class Phase:
     far_share: float = 0.0
     count_weights: tuple[float, float] = (0.25, 0.25)
     rope_theta: float = 10_000.0
+    small_sums: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -95,8 +97,8 @@ class Phase:
 
 SHORT, MEDIUM, LONG, LONGER, LONGEST = Shape(128, 64), Shape(256, 32), Shape(512, 16), Shape(1024, 8), Shape(2048, 4)
 # Short conversations first: copying is learned an order of magnitude sooner where there is little to choose from. The
-# second phase meets the whole context, the third asks across it. The last one turns the positions more slowly, which
-# lets heads that learned to match contents over hundreds of tokens do so over thousands, and settles.
+# second phase meets the whole context, the third asks across it. The fourth turns the positions more slowly, which
+# lets heads that learned to match contents over hundreds of tokens do so over thousands; the last mends small sums.
 RECIPE = (
     Phase((Stage((SHORT,), 500), Stage((MEDIUM,), 1175)), peak_rate=4e-3),
     Phase((Stage((LONGEST, SHORT, LONGEST, MEDIUM), 601),), peak_rate=3e-3, falls=(270, 1800)),
@@ -114,6 +116,15 @@ RECIPE = (
         far_share=0.6,
         count_weights=(0.6, 0.6),
         rope_theta=100_000.0,
+    ),
+    Phase(
+        (Stage((LONGEST, SHORT, MEDIUM, SHORT), 160),),
+        peak_rate=8e-4,
+        falls=(100, 160),
+        far_share=0.6,
+        count_weights=(0.6, 0.6),
+        rope_theta=100_000.0,
+        small_sums=0.5,
     ),
 )
 
@@ -208,7 +219,7 @@ class Encoder:
         # No draw where nothing is far, so that the earlier phases do not depend on this one.
         asks_late = phase.far_share and rng.random() < phase.far_share
         longest_quiet = length // TOKENS_PER_TURN if asks_late else 0
-        conversation = chat_data.training_conversation(rng, share, fits, longest_count, longest_quiet)
+        conversation = chat_data.training_conversation(rng, share, fits, longest_count, longest_quiet, phase.small_sums)
         system = [] if conversation.system is None else self.message("system", conversation.system)
         example.tokens = (system + example.tokens)[: length + 1]
         example.weights = ([0.0] * len(system) + example.weights)[: length + 1]
