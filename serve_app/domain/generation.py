@@ -6,18 +6,23 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import Literal
+from typing import Any, Literal
 
 from serve_app.domain.errors import InvalidInput
+from serve_app.domain.tools import NO_TOOLS, ToolCall, ToolCallPart, ToolUse
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
+MAX_STOP_TOKENS = 64
+MAX_TOP_LOGPROBS = 20
+MAX_BIASED_TOKENS = 1024
 
 
 class Role(StrEnum):
     SYSTEM = "system"
     USER = "user"
     ASSISTANT = "assistant"
+    TOOL = "tool"
 
 
 class Priority(IntEnum):
@@ -46,10 +51,17 @@ Part = Text | Image
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn: its parts in the order in which they were given."""
+    """One turn: its parts in the order in which they were given.
+
+    ``tool_calls``: what an assistant wanted called. ``tool_call_id`` and ``name``: which call, of which tool, a message
+    of the role tool answers.
+    """
 
     role: Role
     parts: tuple[Part, ...]
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
 
     @classmethod
     def of(cls, role: Role | str, text: str, images: tuple[Image, ...] = ()) -> Message:
@@ -66,11 +78,23 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class JsonFormat:
+    """The reply must be JSON: an object, or whatever fits ``schema`` (JSON Schema, 2020-12)."""
+
+    schema: Mapping[str, Any] | bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Options:
     """Sampling of one request. ``None`` means: what the checkpoint's generation config says.
 
     temperature 0..2 (0 is greedy) · top_p (0..1] · top_k >= 1, or 0 for all · max_tokens >= 1 · seed 0..2**63-1 ·
-    at most 16 stop strings of 1..256 characters. Out of range raises :class:`InvalidInput`, naming the field.
+    at most 16 stop strings of 1..256 characters · min_p 0..1 · repetition_penalty (0..10] · presence_penalty and
+    frequency_penalty -2..2 · at most 64 stop_token_ids · min_tokens 0..max_tokens (before them neither an end token
+    nor a stop token id is drawn) · logprobs 0..20, the number of alternatives told for each token · logit_bias
+    -100..100 for at most 1024 token ids. ``response_format`` goes with neither stop strings, stop tokens nor
+    min_tokens: they would cut the JSON or hold its end back. Out of range raises :class:`InvalidInput`, naming the
+    field.
     """
 
     temperature: float | None = None
@@ -79,6 +103,15 @@ class Options:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int | None = None
+    logprobs: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    response_format: JsonFormat | None = None
 
     def __post_init__(self) -> None:
         _check_range("temperature", self.temperature, 0, 2)
@@ -86,10 +119,49 @@ class Options:
         _check_range("topK", self.top_k, 0, 1_000_000)
         _check_range("maxTokens", self.max_tokens, 1, 10_000_000)
         _check_range("seed", self.seed, 0, 2**63 - 1)
+        _check_range("minP", self.min_p, 0, 1)
+        _check_range("repetitionPenalty", self.repetition_penalty, 0, 10, open_low=True)
+        _check_range("presencePenalty", self.presence_penalty, -2, 2)
+        _check_range("frequencyPenalty", self.frequency_penalty, -2, 2)
+        _check_range("minTokens", self.min_tokens, 0, self.max_tokens or 10_000_000)
+        _check_range("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+        self._check_stops()
+        self._check_bias()
+        if self.response_format is not None and self.ends_early:
+            raise _wrong("stop", "stop, stopTokenIds and minTokens cannot be combined with a JSON response format.")
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether the request says itself where its reply ends."""
+        return bool(self.stop or self.stop_token_ids or self.min_tokens)
+
+    def _check_stops(self) -> None:
         if len(self.stop) > MAX_STOP_STRINGS:
-            raise InvalidInput(f"stop holds {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are allowed.")
-        if any(not 1 <= len(stop) <= MAX_STOP_LENGTH for stop in self.stop):
-            raise InvalidInput(f"Each stop string must have 1 to {MAX_STOP_LENGTH} characters.")
+            raise _wrong("stop", f"stop holds {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are allowed.")
+        if any(not isinstance(stop, str) or not 1 <= len(stop) <= MAX_STOP_LENGTH for stop in self.stop):
+            raise _wrong("stop", f"Each stop string must have 1 to {MAX_STOP_LENGTH} characters.")
+        if len(self.stop_token_ids) > MAX_STOP_TOKENS:
+            raise _wrong("stopTokenIds", f"stopTokenIds may hold at most {MAX_STOP_TOKENS} numbers.")
+        if not all(_is_token(token) for token in self.stop_token_ids):
+            raise _wrong("stopTokenIds", "stopTokenIds must be numbers of tokens.")
+
+    def _check_bias(self) -> None:
+        if len(self.logit_bias) > MAX_BIASED_TOKENS:
+            raise _wrong(
+                "logitBias", f"logitBias holds {len(self.logit_bias)} tokens; at most {MAX_BIASED_TOKENS} are allowed."
+            )
+        if not all(_is_token(token) for token in self.logit_bias):
+            raise _wrong("logitBias", "The keys of logitBias must be numbers of tokens.")
+        for value in self.logit_bias.values():
+            _check_range("logitBias", value, -100, 100)
+
+
+def _wrong(name: str, message: str) -> InvalidInput:
+    return InvalidInput(message, details={"param": name})
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
 def _check_range(name: str, value: float | None, low: float, high: float, open_low: bool = False) -> None:
@@ -97,7 +169,7 @@ def _check_range(name: str, value: float | None, low: float, high: float, open_l
         return
     if math.isnan(value) or value > high or value < low or (open_low and value == low):
         border = "(" if open_low else "["
-        raise InvalidInput(f"{name} is {value:g}; it must lie in {border}{low:g}, {high:g}].")
+        raise _wrong(name, f"{name} is {value:g}; it must lie in {border}{low:g}, {high:g}].")
 
 
 ContextPolicy = Literal["truncate", "error"]
@@ -110,6 +182,8 @@ class GenerationRequest:
     ``trace`` is the W3C carrier (``traceparent``, ``tracestate``) that crosses every border with the request.
     ``context_policy``: whether turns that do not fit the model's context are dropped (oldest first, never the system
     prompt or the last message) or refused. ``continue_final``: go on with the last, unfinished assistant message.
+    ``raw``: the text of the only message is the prompt as the model reads it, control tokens included, without a chat
+    template. ``tools``: what the model may call.
     """
 
     request_id: str
@@ -121,20 +195,32 @@ class GenerationRequest:
     context_policy: ContextPolicy = "truncate"
     continue_final: bool = False
     trace: Mapping[str, str] = field(default_factory=dict)
+    tools: ToolUse = NO_TOOLS
+    raw: bool = False
 
     def __post_init__(self) -> None:
         if not self.messages:
             raise InvalidInput("The request has no message.")
+        if self.raw and (len(self.messages) > 1 or self.has_images or self.continue_final or self.tools.offered):
+            raise InvalidInput("A raw prompt is one text.")
+        if self.tools.forced and (self.options.ends_early or self.options.response_format):
+            raise _wrong("tool_choice", "A forced tool call goes with neither stop, minTokens nor a response format.")
         last = self.messages[-1]
         if self.continue_final:
             if last.role is not Role.ASSISTANT:
                 raise InvalidInput("Only an assistant message can be continued.")
-        elif not last.text.strip() and not last.images:
+        elif not last.text.strip() and not last.images and last.role is not Role.TOOL and not (self.raw and last.text):
             raise InvalidInput("The message is empty.")
 
     @property
     def has_images(self) -> bool:
         return any(message.images for message in self.messages)
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether the prompt speaks of tools: offered ones, or calls and results in the history."""
+        spoken = any(message.tool_calls or message.role is Role.TOOL for message in self.messages)
+        return self.tools.offered or spoken
 
 
 class FinishReason(StrEnum):
@@ -204,11 +290,43 @@ class Accepted:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's natural log-probability under the model itself: before bias, penalties, grammar and temperature.
+
+    ``top`` holds the likeliest tokens at its place, likeliest first. ``token`` is the text of ``data``, which may be a
+    part of a character (U+FFFD in the text).
+    """
+
+    token_id: int
+    token: str
+    logprob: float
+    data: bytes = b""
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
-    """Text that will not be taken back, with the ids of the tokens that made it."""
+    """Text that will not be taken back, with the ids of the tokens that made it.
+
+    ``reasoning`` is what the model thinks before it answers, kept apart from ``text``; ``tool_calls`` are parts of
+    calls, in order. ``logprobs`` belong to the tokens of ``text``, when they were asked for.
+    """
 
     text: str
     token_ids: tuple[int, ...] = ()
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallPart, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+    def __add__(self, later: Delta) -> Delta:
+        """Both as one."""
+        return Delta(
+            self.text + later.text,
+            self.token_ids + later.token_ids,
+            self.reasoning + later.reasoning,
+            self.tool_calls + later.tool_calls,
+            self.logprobs + later.logprobs,
+        )
 
 
 @dataclass(frozen=True, slots=True)
