@@ -62,9 +62,9 @@ def merged(items: list[Item | Broken], most_tokens: int) -> list[Item | Broken]:
     for item in items:
         last = result[-1] if result else None
         if isinstance(item, Delta) and isinstance(last, Delta):
-            ids = last.token_ids + item.token_ids
-            if len(ids) <= most_tokens:
-                result[-1] = Delta(last.text + item.text, ids)
+            both = last + item
+            if len(both.token_ids) <= most_tokens:
+                result[-1] = both
                 continue
         result.append(item)
     return result
