@@ -1,0 +1,1 @@
+"""One module per benchmark: `python -m benchmarks.scenarios.<name>`."""
