@@ -16,7 +16,7 @@ import pathlib
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,6 +148,16 @@ All of its data is generated: it holds nobody's text and nobody's image.
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A part of the language stage: steps, tokens per step, turns per conversation, and the share of drills."""
+
+    steps: int
+    tokens: int
+    turns: tuple[int, int]
+    drills: float
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How much to train; the defaults are what the committed weights were trained with."""
 
@@ -157,12 +167,11 @@ class Recipe:
     vision_batch: int = 32
     vision_rate: float = 3e-3
     language_rate: float = 3e-3
-    # Steps, tokens per step, and turns per conversation. Binding "first" and "second" to the right image needs many
-    # small steps on short conversations; long ones then cost more per step, and fewer do.
-    phases: tuple[tuple[int, int, tuple[int, int]], ...] = (
-        (2_000, 1_024, (1, 2)),
-        (1_000, 2_048, (1, 6)),
-        (300, 4_096, (4, 26)),
+    probe_weight: float = 0.3
+    phases: tuple[Phase, ...] = (
+        Phase(steps=900, tokens=2_048, turns=(1, 2), drills=0.9),
+        Phase(steps=1_000, tokens=2_048, turns=(1, 6), drills=0.2),
+        Phase(steps=300, tokens=4_096, turns=(4, 26), drills=0.05),
     )
 
 
@@ -389,10 +398,16 @@ def cache_image_tokens(model: LlavaForConditionalGeneration, album: Album, count
 
 @dataclass
 class Example:
-    """One encoded conversation: token ids, labels on trained answers only, and the album's images in order."""
+    """One encoded conversation, and the album's images in order.
+
+    Beside the ids, for every token: its label if an answer that is trained on holds it; for image tokens, the image's
+    place in its message; and where an answer about one of two images begins, the place that was asked for.
+    """
 
     ids: list[int]
     labels: list[int]
+    places: list[int]
+    asked: list[int]
     images: list[int]
 
 
@@ -402,17 +417,22 @@ class Encoder:
     def __init__(self, processor: LlavaProcessor, album: Album, rng: random.Random) -> None:
         self.processor, self.tokenizer, self.album, self.rng = processor, processor.tokenizer, album, rng
         self.header = self.tokenizer.encode(f"{START}assistant\n", add_special_tokens=False)
-        self.end = self.tokenizer.convert_tokens_to_ids(END)
+        self.end, self.image = self.tokenizer.convert_tokens_to_ids([END, IMAGE])
 
     def __call__(self, conversation: Conversation) -> Example:
         """Encode one conversation, with a random drawing for each of its scenes."""
         text = self.processor.apply_chat_template(conversation.messages(), tokenize=False)
         ids = self.tokenizer.encode(text.replace(IMAGE, IMAGE * IMAGE_TOKENS), add_special_tokens=False)
         images = [self.rng.choice(self.album.by_scene[scene]) for scene in conversation.images()]
-        return Example(ids, self._labels(ids, conversation.turns), images)
+        labels, asked = self._answers(ids, conversation.turns)
+        order = iter(
+            place for turn in conversation.turns for place in range(len(turn.images)) for _ in range(IMAGE_TOKENS)
+        )
+        places = [next(order) if token == self.image else IGNORED for token in ids]
+        return Example(ids, labels, places, asked, images)
 
-    def _labels(self, ids: list[int], turns: Sequence[Turn]) -> list[int]:
-        labels = [IGNORED] * len(ids)
+    def _answers(self, ids: list[int], turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
+        labels, asked = [IGNORED] * len(ids), [IGNORED] * len(ids)
         position = 0
         for turn in turns:
             while ids[position : position + len(self.header)] != self.header:
@@ -421,62 +441,101 @@ class Encoder:
             stop = ids.index(self.end, position) + 1
             if turn.trained:
                 labels[position:stop] = ids[position:stop]
-        return labels
+            if turn.asked is not None:
+                # From the last token of the prompt up to the one that predicts the end.
+                asked[position - 1 : stop - 1] = [turn.asked] * (stop - position)
+        return labels, asked
 
 
-def batches(
-    encode: Encoder, author: Author, steps: int, tokens: int, turns: tuple[int, int]
-) -> Iterator[list[Example]]:
-    """Batches of about `tokens` tokens, grouped by length so that little of a batch is padding."""
+def batches(encode: Encoder, author: Author, phase: Phase) -> Iterator[list[Example]]:
+    """A phase's batches of about `phase.tokens` tokens, grouped by length so that little of a batch is padding."""
+
+    def example() -> Example:
+        drill = author.rng.random() < phase.drills
+        return encode(author.drill() if drill else author.chat(author.rng.randint(*phase.turns)))
+
     made = 0
     while True:
-        pool = sorted((encode(author.chat(author.rng.randint(*turns))) for _ in range(256)), key=lambda e: len(e.ids))
+        pool = sorted((example() for _ in range(256)), key=lambda e: len(e.ids))
         groups: list[list[Example]] = [[]]
-        for example in pool:
-            if len(example.ids) > CONTEXT:
+        for item in pool:
+            if len(item.ids) > CONTEXT:
                 continue
-            if groups[-1] and len(example.ids) * (len(groups[-1]) + 1) > tokens:
+            if groups[-1] and len(item.ids) * (len(groups[-1]) + 1) > phase.tokens:
                 groups.append([])
-            groups[-1].append(example)
+            groups[-1].append(item)
         author.rng.shuffle(groups)
         for group in groups:
-            if made == steps:
+            if made == phase.steps:
                 return
             made += 1
             yield group
 
 
-def _language_loss(model: LlavaForConditionalGeneration, cache: torch.Tensor, group: Sequence[Example]) -> torch.Tensor:
+class Probes(nn.Module):
+    """Linear readers of the language model's lower layers, dropped after training.
+
+    Telling two images apart takes two facts: which place an image token has, and which place a question asks for.
+    Neither is worth learning before the other, and answers alone leave the model guessing for thousands of steps; so
+    the output of the first layer is asked for the one and that of the second for the other.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.place, self.asked = nn.Linear(width, 2), nn.Linear(width, 2)
+
+    def forward(self, layers: Sequence[torch.Tensor], places: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+        """The loss of both readers, given the outputs of all layers."""
+        loss = layers[0].new_zeros(())
+        for reader, layer, wanted in ((self.place, layers[1], places), (self.asked, layers[2], asked)):
+            mask = wanted != IGNORED
+            if mask.any():
+                loss = loss + nn.functional.cross_entropy(reader(layer[mask]), wanted[mask])
+        return loss
+
+
+def _language_loss(
+    model: LlavaForConditionalGeneration,
+    cache: torch.Tensor,
+    group: Sequence[Example],
+    probes: Probes,
+) -> tuple[torch.Tensor, torch.Tensor]:
     config = model.config
     width = max(len(example.ids) for example in group)
+
     # Padding stands on the right here and no mask is needed: a causal model never looks at it.
-    ids = torch.tensor([e.ids + [config.text_config.pad_token_id] * (width - len(e.ids)) for e in group])
-    labels = torch.tensor([e.labels + [IGNORED] * (width - len(e.labels)) for e in group])
+    def padded(rows: Iterable[list[int]], value: int) -> torch.Tensor:
+        return torch.tensor([row + [value] * (width - len(row)) for row in rows])
+
+    ids = padded((e.ids for e in group), config.text_config.pad_token_id)
+    wanted = padded((e.labels for e in group), IGNORED)[:, 1:]
     embeddings = model.get_input_embeddings()(ids)
     images = [index for example in group for index in example.images]
     if images:
         features = cache[images].to(embeddings.dtype)
         embeddings = embeddings.masked_scatter((ids == config.image_token_id).unsqueeze(-1), features)
-    hidden = model.model.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-    wanted = labels[:, 1:]
+    output = model.model.language_model(inputs_embeds=embeddings, use_cache=False, output_hidden_states=True)
     mask = wanted != IGNORED
     # Only answers are scored, so only their positions go through the output layer.
-    return nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][mask]), wanted[mask])
+    answers = nn.functional.cross_entropy(model.lm_head(output.last_hidden_state[:, :-1][mask]), wanted[mask])
+    places, asked = padded((e.places for e in group), IGNORED), padded((e.asked for e in group), IGNORED)
+    return answers, probes(output.hidden_states, places, asked)
 
 
 def train_language_model(
     model: LlavaForConditionalGeneration, cache: torch.Tensor, encode: Encoder, author: Author, recipe: Recipe
 ) -> None:
     """Stage 2: teach the language model to answer, on short conversations first and on long ones last."""
-    total = sum(steps for steps, _, _ in recipe.phases)
-    optimizer = Optimizer([model.model.language_model], recipe.language_rate, total)
+    total = sum(phase.steps for phase in recipe.phases)
+    probes = Probes(model.config.text_config.hidden_size)
+    optimizer = Optimizer([model.model.language_model], recipe.language_rate, total, [probes])
     done, running = 0, math.nan
-    for steps, tokens, turns in recipe.phases:
-        for group in batches(encode, author, steps, tokens, turns):
-            loss = _language_loss(model, cache, group)
-            optimizer.step(loss)
+    for phase in recipe.phases:
+        for group in batches(encode, author, phase):
+            answers, probed = _language_loss(model, cache, group, probes)
+            optimizer.step(answers + recipe.probe_weight * probed)
             done += 1
-            running = loss.item() if math.isnan(running) else 0.98 * running + 0.02 * loss.item()
+            running = answers.item() if math.isnan(running) else 0.98 * running + 0.02 * answers.item()
             if done % 100 == 0:
                 LOGGER.info("language step %d/%d: loss %.4f", done, total, running)
 
@@ -495,6 +554,7 @@ def train(out: pathlib.Path, seed: int, recipe: Recipe | None = None) -> dict[st
     scale_image_tokens(model, album)
     LOGGER.info("vision tower done: CPU %.0f s", time.process_time() - started)
     cache = cache_image_tokens(model, album, recipe.images)
+    torch.manual_seed(seed + 1)
     author = Author(random.Random(f"{seed}/language"), held_out=False)
     train_language_model(model, cache, Encoder(processor, album, author.rng), author, recipe)
     seconds = time.process_time() - started

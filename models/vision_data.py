@@ -425,13 +425,17 @@ REPLIES = ("Of course.", "Yes.", "No.", "Sure, here you are.", "I am well, thank
 
 @dataclass
 class Turn:
-    """One user message with the expected reply; `images` are scenes, to be drawn by the caller, in order."""
+    """One user message with the expected reply; `images` are scenes, to be drawn by the caller, in order.
+
+    `asked` is the index of the image that a question about two images singles out.
+    """
 
     text: str
     answer: str
     images: list[Scene] = field(default_factory=list)
     images_first: bool = True
     trained: bool = True
+    asked: int | None = None
 
     def messages(self) -> list[dict[str, Any]]:
         """The turn as a user and an assistant message, in the form that the chat template takes."""
@@ -517,7 +521,8 @@ class Author:
             )
             return Turn(self.word(WHICH_QUESTIONS, thing=thing), f"The {ORDINALS[index]} image.")
         templates, answer = self.rng.choice(NTH_QUESTIONS)
-        return Turn(self.word(templates, ordinal=ORDINALS[index], number=str(index + 1)), answer(pair[index]))
+        text = self.word(templates, ordinal=ORDINALS[index], number=str(index + 1))
+        return Turn(text, answer(pair[index]), asked=index)
 
     def show_two(self, pair: Sequence[Scene]) -> Turn:
         """A message with two images and a question that needs them told apart."""
@@ -549,6 +554,11 @@ class Author:
         if self.rng.random() < 0.7:
             return self.rng.choice(SYSTEM_PROMPTS)
         return " ".join(self.rng.choices(WORDS, k=self.rng.randint(3, 20))).capitalize() + "."
+
+    def drill(self, questions: int = 9) -> Conversation:
+        """Two images and one question after another that needs them told apart: much practice per image token."""
+        pair = self.two_scenes()
+        return Conversation([self.show_two(pair), *(self.ask_two(pair) for _ in range(questions - 1))], self.system())
 
     def chat(self, turns: int, text_share: float = 0.2) -> Conversation:
         """A conversation of mixed turns; a follow-up is always about the newest message that has images."""
