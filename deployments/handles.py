@@ -32,7 +32,7 @@ from serve_app.domain.errors import (
 from serve_app.domain.fleet import FleetView
 from serve_app.domain.generation import Finish, GenerationRequest, Item
 from serve_app.domain.routing import Admission, Ask
-from serve_app.frames import Inbox, Mailbox
+from serve_app.frames import Inbox, Mailbox, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -171,8 +171,8 @@ class ModelHandles:
 
     async def _read(self, call: Any, entry: Entry, mailbox: Mailbox) -> None:
         try:
-            async for frame in call:
-                self._inbox.deliver(frame)
+            async for data in call:
+                self._inbox.deliver(unpack(data))
             mailbox.call_ended(asyncio.get_running_loop().time())
         except asyncio.CancelledError:
             raise
@@ -185,7 +185,7 @@ class ModelHandles:
         key = (entry.application, stream)
         if key not in self._handles:
             handle: DeploymentHandle[Any] = DeploymentHandle(entry.deployment, entry.application)
-            self._handles[key] = handle.options(stream=stream)
+            self._handles[key] = handle.options(stream=stream, response_serialization="pickle")
         return self._handles[key]
 
     def _forget(self, entry: Entry) -> None:

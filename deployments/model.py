@@ -29,7 +29,7 @@ from serve_app.engines import registry
 from serve_app.engines.base import Counters, Engine, EngineOptions
 from serve_app.engines.discovery import discover
 from serve_app.engines.embed import EmbeddingEngine
-from serve_app.frames import Frame, Outbox
+from serve_app.frames import Outbox, pack
 from serve_app.telemetry.logs import set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -103,13 +103,13 @@ class ModelReplica:
     def _on_progress(self, phase: str, fraction: float) -> None:
         self._progress = fraction if phase == "weights" else self._progress
 
-    async def generate(self, request: GenerationRequest, epoch: int, ingress: str) -> AsyncIterator[Frame]:
-        """Yield frames with this request's items, and those of others of the same ``ingress`` (serve_app.frames)."""
+    async def generate(self, request: GenerationRequest, epoch: int, ingress: str) -> AsyncIterator[bytes]:
+        """Yield packed frames: this request's items and those of others of the same ``ingress`` (serve_app.frames)."""
         outbox = self._outboxes.setdefault(ingress, Outbox(self._settings.hf_stream_chunk_size, self._fault))
         try:
             async with aclosing(outbox.carry(request.request_id, self._serve(request))) as frames:
                 async for frame in frames:
-                    yield frame
+                    yield pack(frame)
         finally:
             if outbox.empty:
                 self._outboxes.pop(ingress, None)

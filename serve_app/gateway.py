@@ -11,7 +11,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from serve_app.domain.events import Loading, Queued, Switched
 from serve_app.domain.fleet import FleetView
 from serve_app.domain.generation import Accepted, Delta, Finish, GenerationRequest, Item, Timing
 from serve_app.domain.routing import Admission, Ask, Candidate, Granted, Waiting
+from serve_app.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -266,10 +267,11 @@ class Gateway:
             yield Loading(candidate.name)
         called = self._clock()
         request = replace(request, model=candidate.entry.id)
-        async with aclosing(self._backend.stream(candidate.entry, request, granted.lease.epoch)) as items:
+        stream = self._backend.stream(candidate.entry, request, granted.lease.epoch)
+        async with aclosing(stream) as items, _watchdog() as dog:
             phase: Phase = "load"
             while True:
-                item = await self._next(items, phase, record, candidate.entry.provider)
+                item = await self._next(items, dog, phase, record, candidate.entry.provider)
                 match item:
                     case Accepted():
                         record.load_s = 0.0 if candidate.resident else self._clock() - called
@@ -283,15 +285,25 @@ class Gateway:
                         yield Completed(item, record.timing(item))
                         return
 
-    async def _next(self, items: AsyncIterator[Item], phase: Phase, record: Record, provider: str) -> Item:
+    async def _next(
+        self, items: AsyncIterator[Item], dog: Watchdog, phase: Phase, record: Record, provider: str
+    ) -> Item:
         limit = {"load": self._limits.load_s, "first token": self._limits.first_token_s}.get(phase, self._limits.idle_s)
         left = record.started + self._limits.total_s - self._clock()
         try:
-            async with asyncio.timeout(min(limit, left)):
-                return await anext(items)
+            return await dog.wait(anext(items), min(limit, left))
         except TimeoutError:
             if left <= limit:
                 raise DeadlineExceeded.during("total", self._limits.total_s, provider) from None
             raise DeadlineExceeded.during(phase, limit, provider) from None
         except StopAsyncIteration:
             raise ProviderError("The model's answer broke off without an end. Try again.", provider, True) from None
+
+
+@asynccontextmanager
+async def _watchdog() -> AsyncGenerator[Watchdog, None]:
+    dog = Watchdog()
+    try:
+        yield dog
+    finally:
+        dog.close()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from serve_app.domain.errors import GenerationFailed, Internal, ProviderUnavailable
 from serve_app.domain.generation import Accepted, Delta, Finish, FinishReason, Item, Usage
-from serve_app.frames import Broken, Frame, Inbox, Mailbox, Outbox, Piece, merged
+from serve_app.frames import Broken, Frame, Inbox, Mailbox, Outbox, Piece, merged, pack, unpack
 
 FINISH = Finish(FinishReason.STOP, Usage(1, 3))
 DELTAS = [Delta("a", (1,)), Delta("b", (2,)), Delta("c", (3,))]
@@ -41,6 +41,13 @@ async def receive(mailbox: Mailbox) -> list[Item]:
 def test_neighbouring_deltas_join_up_to_the_bound() -> None:
     assert merged([Accepted(1), *DELTAS, FINISH], 2) == [Accepted(1), Delta("ab", (1, 2)), Delta("c", (3,)), FINISH]
     assert merged(list(DELTAS), 1) == DELTAS
+
+
+def test_a_frame_comes_out_of_its_bytes_as_it_went_in() -> None:
+    error = Broken(GenerationFailed("broken").to_dict())
+    thought = Delta("", (7,), reasoning="hm")
+    frame = (Piece("a", 0, (Accepted(1), *DELTAS, thought, FINISH)), Piece("b", 9, (error,)))
+    assert unpack(pack(frame)) == frame
 
 
 async def test_one_stream_alone_leads_and_each_item_leaves_at_once() -> None:
