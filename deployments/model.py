@@ -16,9 +16,9 @@ from typing import Any
 import psutil
 from ray import serve
 from ray.serve import Application
-from ray.serve.handle import DeploymentHandle
 
 from deployments.handles import answering, forever
+from deployments.serving import Outboxes, RouterLink
 from serve_app.config import ModelArgs, Settings, load
 from serve_app.domain.catalog import ModelInfo, ModelState
 from serve_app.domain.embeddings import Embeddings
@@ -29,14 +29,11 @@ from serve_app.engines import registry
 from serve_app.engines.base import Counters, Engine, EngineOptions
 from serve_app.engines.discovery import discover
 from serve_app.engines.embed import EmbeddingEngine
-from serve_app.frames import Outbox, pack
 from serve_app.telemetry.logs import set_up_logging
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.5
-ROUTER = ("router", "gateway")
-"""Deployment and application of the router; fixed, so that a model finds it without being told."""
 
 
 class ModelReplica:
@@ -54,14 +51,13 @@ class ModelReplica:
         self._failure: RotundaError | None = None
         self._progress: float | None = None
         self._retired = False
-        self._outboxes: dict[str, Outbox] = {}
+        self._pinned = False
+        self._outboxes = Outboxes(args.model, self._settings.hf_stream_chunk_size)
         self._refused = 0
         self._busy_s = 0.0
         self._loaded_at: float | None = None
         self._last_used = time.time()
-        self._router: DeploymentHandle[Any] = DeploymentHandle(*ROUTER)
-        context = serve.get_replica_context()
-        self._application, self._replica_id = context.app_name, str(context.replica_id.unique_id)
+        self._link = RouterLink()
         self._heartbeat = asyncio.get_running_loop().create_task(forever(self._report, HEARTBEAT_S))
         await self._load()
 
@@ -105,27 +101,18 @@ class ModelReplica:
 
     async def generate(self, request: GenerationRequest, epoch: int, ingress: str) -> AsyncIterator[bytes]:
         """Yield packed frames: this request's items and those of others of the same ``ingress`` (serve_app.frames)."""
-        outbox = self._outboxes.setdefault(ingress, Outbox(self._settings.hf_stream_chunk_size, self._fault))
-        try:
-            async with aclosing(outbox.carry(request.request_id, self._serve(request))) as frames:
-                async for frame in frames:
-                    yield pack(frame)
-        finally:
-            if outbox.empty:
-                self._outboxes.pop(ingress, None)
+        async with aclosing(self._outboxes.carry(ingress, request.request_id, self._serve(request))) as frames:
+            async for frame in frames:
+                yield frame
 
     @answering
-    async def embed(self, texts: tuple[str, ...], epoch: int) -> Embeddings:
-        """One vector for each text."""
+    async def embed(self, texts: tuple[str, ...], epoch: int, model: str) -> Embeddings:
+        """One vector for each text; ``model`` is this one."""
         engine = self._loaded()
         if not isinstance(engine, EmbeddingEngine):
             raise CapabilityMissing(f"{self._args.model} makes text, no embeddings.")
         with self._timed():
             return await engine.embed(texts)
-
-    def _fault(self, error: BaseException) -> RotundaError:
-        logger.error("a request to %s failed", self._args.model, exc_info=error)
-        return Internal.masked()
 
     async def _serve(self, request: GenerationRequest) -> AsyncGenerator[Item, None]:
         engine = self._loaded()
@@ -180,12 +167,12 @@ class ModelReplica:
         self._heartbeat.cancel()
         if self._engine is not None:
             await self._engine.close()
-        await self._tell("farewell", self._application, self._replica_id)
+        await self._link.tell("farewell", self._link.application, self._link.replica_id)
 
     def _idle_too_long(self) -> bool:
         counters = self._counters()
         idle_s = 0.0 if counters.running or counters.waiting else time.time() - self._last_used
-        return self._args.idle_unload_s is not None and idle_s > self._args.idle_unload_s
+        return not self._pinned and self._args.idle_unload_s is not None and idle_s > self._args.idle_unload_s
 
     def _counters(self) -> Counters:
         return self._engine.counters() if self._engine is not None else Counters(requests=self._refused)
@@ -201,8 +188,8 @@ class ModelReplica:
         """Tell the router; a router that is away hears the next report."""
         counters = self._counters()
         report = Report(
-            application=self._application,
-            replica_id=self._replica_id,
+            application=self._link.application,
+            replica_id=self._link.replica_id,
             state=self._state(counters),
             pid=os.getpid(),
             engine=self._engine.description if self._engine else None,
@@ -221,14 +208,7 @@ class ModelReplica:
             loaded_at=self._loaded_at,
             last_used_at=self._last_used,
         )
-        await self._tell("heartbeat", report)
-
-    async def _tell(self, method: str, *args: Any) -> None:
-        try:
-            async with asyncio.timeout(5):
-                await getattr(self._router, method).remote(*args)
-        except Exception as error:
-            logger.debug("the router did not take a %s: %r", method, error)
+        await self._link.tell("heartbeat", report)
 
 
 def _resident_bytes() -> int:

@@ -168,7 +168,7 @@ def pin(
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Keep a model in memory whatever else is asked for."""
+    """Keep a model in memory, however long nobody asks for it."""
     with outside(context).client(url, api_key) as client:
         _print_answer(client.post(model_path(model, "pin"), {"pinned": not off}), as_json)
 
@@ -177,7 +177,7 @@ def pin(
 def plan(
     context: typer.Context, model: Model, url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False
 ) -> None:
-    """Say whether a model fits, and who would leave for it, without doing anything."""
+    """Say whether a model would find room, without doing anything."""
     with outside(context).client(url, api_key) as client:
         _print_answer(client.get(model_path(model, "plan")), as_json)
 

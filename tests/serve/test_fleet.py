@@ -141,6 +141,34 @@ def test_a_model_is_unloaded_and_comes_back_on_demand(cluster: Cluster) -> None:
     assert ask(cluster, "anything", "test/scripted").text == "word0 word1 word2 word3 word4 word5 word6 word7"
 
 
+def test_a_pinned_model_is_not_unloaded_and_a_plan_tells_without_acting(cluster: Cluster) -> None:
+    url = f"{cluster.url}/api/models/test/scripted"
+    ask(cluster, "anything", "test/scripted")
+    assert httpx.get(f"{url}/plan", timeout=30).json()["verdict"] == "resident"
+    assert httpx.post(f"{url}/pin", timeout=30).status_code == 200
+    assert cluster.model("test/scripted")["pinned"] is True
+    refused = httpx.post(f"{url}/unload", timeout=30)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (422, "INVALID_INPUT")
+    assert httpx.post(f"{url}/pin", json={"pinned": False}, timeout=30).status_code == 200
+    assert httpx.post(f"{url}/unload", timeout=30).status_code == 200
+    wait_until(lambda: cluster.model("test/scripted")["state"] == "cold", what="the model to be cold")
+    plan = httpx.get(f"{url}/plan", timeout=30).json()
+    assert (plan["verdict"], plan["reason"]) == ("fits", "1 CPU are free")
+
+
+def test_a_model_that_is_larger_than_every_node_never_fits(cluster: Cluster) -> None:
+    added = model_application("model-huge", model="test/huge", engine="scripted", num_cpus=1000)
+    cluster.config["applications"].append(added)
+    try:
+        cluster.deploy()
+        wait_until(lambda: _listed(cluster, "test/huge"), what="the model to be listed")
+        plan = httpx.get(f"{cluster.url}/api/models/test/huge/plan", timeout=30).json()
+        assert plan["verdict"] == "never_fits"
+    finally:
+        cluster.config["applications"].remove(added)
+        cluster.deploy()
+
+
 def test_the_router_comes_back_and_knows_the_fleet_again(cluster: Cluster) -> None:
     ask(cluster, "anything", "test/scripted")
     before = cluster.model("test/scripted")["pids"]

@@ -119,7 +119,7 @@ class PlanPart:
 @strawberry.type(description="How a model would come into memory.")
 class Plan:
     model: str
-    verdict: str = strawberry.field(description="resident, fits, fits_after_evicting or never_fits.")
+    verdict: str = strawberry.field(description="resident, fits, waits or never_fits.")
     evicts: list[str] = strawberry.field(description="The models that would leave.")
     parts: list[PlanPart] = strawberry.field(description="What the model needs, part by part.")
     eta_ms: float | None
