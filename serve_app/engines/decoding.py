@@ -68,7 +68,7 @@ class SoloDecoder:
             raise InvalidInput("The prompt holds a token that the model does not know.")
         with torch.inference_mode():
             tokens, arguments = self._first_arguments(ids, job.prompt.inputs)
-            sampler = Sampler(job.request.options, self._defaults, tuple(self._ends), tokens.shape[1])
+            sampler = Sampler.of(job, self._defaults, tuple(self._ends), tokens.shape[1])
             logits, arguments = self._forward(tokens, arguments, first=True)
             job.state = _State(sampler, arguments)
             return sampler.pick(logits, tokens[0].tolist())

@@ -12,24 +12,40 @@ engine's description:
 
 with ``"\\nUser:"`` as a further stop string. An encoder-decoder model without a template (T5) was trained on single
 instructions: it reads the system text and the newest message, and cannot continue a reply.
+
+A raw prompt (``GenerationRequest.raw``) is read as it stands, control tokens included.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 from serve_app.domain.errors import CapabilityMissing, InvalidInput, PayloadTooLarge
 from serve_app.domain.generation import GenerationRequest, Image, Message, Role, Text
 from serve_app.engines.context import Messages, fit
 from serve_app.engines.images import check_count, open_image
+from serve_app.engines.reasoning import begun
+from serve_app.engines.reply import Format, ReplyStream
+from serve_app.engines.text import Detokenizer
 
 MAX_CHARACTERS = 8_000_000
 PLAIN_STOPS = ("\nUser:",)
 NAMES = {Role.USER: "User", Role.ASSISTANT: "Assistant"}
 BREAK = "\u200b"
+TAIL = 64
+"""Tokens at the end of a prompt in which a template may begin the reasoning."""
+
+
+class Grammars(Protocol):
+    """:class:`serve_app.engines.structured.Grammars`; only seen here, so that prompts need no torch."""
+
+    def of(self, request: GenerationRequest) -> Any: ...
+
+    def spell(self, token: int) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +58,19 @@ class Rendered:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the engine runs: ``max_tokens`` is clipped to the context, ``stops`` are the request's and the format's."""
+    """What the engine runs: ``max_tokens`` is clipped to the context, ``stops`` are the request's and the format's.
+
+    ``constraint``: what the reply must look like (:class:`serve_app.engines.sampling.Constraint`), or None.
+    ``thinking``: whether the model begins within its reasoning.
+    """
 
     ids: tuple[int, ...]
     dropped: int
     max_tokens: int
     stops: tuple[str, ...]
     inputs: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    constraint: Any = None
+    thinking: bool = False
 
 
 class Prompter:
@@ -60,6 +82,7 @@ class Prompter:
         context_length: tokens of prompt and reply together; None without a limit.
         max_tokens: of a request that does not say.
         encoder_decoder: whether the prompt is read by an encoder.
+        grammars: of the model, for replies of a given form.
     """
 
     def __init__(
@@ -69,14 +92,18 @@ class Prompter:
         context_length: int | None,
         max_tokens: int,
         encoder_decoder: bool = False,
+        grammars: Grammars | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._processor = processor
         self._context_length = context_length
         self._max_tokens = max_tokens
         self._encoder_decoder = encoder_decoder
+        self._grammars = grammars
         side = processor if processor is not None else tokenizer
-        self.has_template = bool(getattr(side, "chat_template", None) or getattr(tokenizer, "chat_template", None))
+        template = getattr(side, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+        self.has_template = bool(template)
+        self.format = Format.of(tokenizer, _written(template))
 
     @property
     def style(self) -> str:
@@ -106,60 +133,101 @@ class Prompter:
                 pictures[id(image)] = open_image(image)
             return pictures[id(image)]
 
+        render = self._raw if request.raw else self._render
         fitted = fit(
             request.messages,
-            render=lambda messages: self._render(messages, request.continue_final, picture),
+            render=lambda messages: render(messages, request, picture),
             length=lambda rendered: len(rendered.ids),
             limit=self._context_length,
             max_tokens=request.options.max_tokens or self._max_tokens,
             policy=request.context_policy,
         )
-        plain_stops = () if self.has_template or self._encoder_decoder else PLAIN_STOPS
-        stops = (*request.options.stop, *plain_stops)
-        return Prompt(fitted.prompt.ids, fitted.dropped, fitted.max_tokens, stops, fitted.prompt.inputs)
+        plain_stops = () if self.has_template or self._encoder_decoder or request.raw else PLAIN_STOPS
+        return Prompt(
+            fitted.prompt.ids,
+            fitted.dropped,
+            fitted.max_tokens,
+            (*request.options.stop, *plain_stops),
+            fitted.prompt.inputs,
+            self._constraint(request),
+            self._thinking(request, fitted.prompt.ids),
+        )
+
+    def stream(self, request: GenerationRequest, prompt: Prompt, detokenizer: Detokenizer) -> ReplyStream:
+        """What reads the reply to a prompt of :meth:`build`."""
+        spell = self._grammars.spell if self._grammars else None
+        return self.format.stream(request, detokenizer, prompt.stops, prompt.thinking, prompt.constraint, spell)
+
+    def _constraint(self, request: GenerationRequest) -> Any:
+        if request.options.response_format is None and not request.tools.forced:
+            return None
+        if self._grammars is None:
+            raise CapabilityMissing("This model cannot hold its replies to a form.")
+        return self._grammars.of(request)
+
+    def _thinking(self, request: GenerationRequest, ids: Sequence[int]) -> bool:
+        marks = self.format.marks
+        if marks is None:
+            return False
+        if request.continue_final:
+            return begun(marks, request.messages[-1].text, continued=True)
+        return begun(marks, str(self._tokenizer.decode(list(ids[-TAIL:]), skip_special_tokens=False)), continued=False)
 
     def _check(self, request: GenerationRequest) -> None:
         if request.continue_final and self._encoder_decoder:
             raise CapabilityMissing("This model cannot continue a reply.")
         if request.has_images and self._processor is None:
             raise CapabilityMissing("This model reads text only. Choose one with the capability vision.")
+        if request.has_tools and self.format.family is None:
+            raise CapabilityMissing("This model's chat template knows no tools. Choose one with the capability tools.")
         check_count(sum(len(message.images) for message in request.messages))
-        if sum(len(message.text) for message in request.messages) > MAX_CHARACTERS:
+        texts = [text for message in request.messages for text in _texts(message)]
+        if sum(map(len, texts)) > MAX_CHARACTERS:
             raise PayloadTooLarge(f"The conversation has more than {MAX_CHARACTERS} characters.")
         try:
-            for message in request.messages:
-                message.text.encode()
+            for text in texts:
+                text.encode()
         except UnicodeEncodeError as fault:  # JSON can carry half a surrogate pair; tokenizers cannot
             raise InvalidInput("A message holds half a character (a lone surrogate).") from fault
 
-    def _render(self, messages: Messages, go_on: bool, picture: Callable[[Image], Any]) -> Rendered:
+    def _raw(self, messages: Messages, request: GenerationRequest, picture: Callable[[Image], Any]) -> Rendered:
+        return _rendered(self._tokenizer(messages[-1].text))
+
+    def _render(self, messages: Messages, request: GenerationRequest, picture: Callable[[Image], Any]) -> Rendered:
         if not self.has_template:
-            return self._plain(messages, go_on, picture)
+            return self._plain(messages, request.continue_final, picture)
         try:
-            return self._templated(messages, go_on, picture)
+            return self._templated(messages, request, picture)
         except Exception as fault:
             # Many templates know no system role, or insist on user and assistant taking turns.
             simpler = alternate(messages)
-            if type(fault).__name__ != "TemplateError" or simpler == messages:
+            if type(fault).__name__ != "TemplateError" or simpler == messages or request.has_tools:
                 raise
-            return self._templated(simpler, go_on, picture)
+            return self._templated(simpler, request, picture)
 
-    def _templated(self, messages: Messages, go_on: bool, picture: Callable[[Image], Any]) -> Rendered:
+    def _templated(self, messages: Messages, request: GenerationRequest, picture: Callable[[Image], Any]) -> Rendered:
+        settings: dict[str, Any] = {
+            "add_generation_prompt": not request.continue_final,
+            "continue_final_message": request.continue_final,
+        }
+        if request.tools.offered:
+            settings["tools"] = [tool.to_json() for tool in request.tools.tools]
         try:
-            return self._apply(messages, go_on, picture, sanitize_control_tokens=True)
+            return self._apply(messages, picture, sanitize_control_tokens=True, **settings)
         except (ValueError, NotImplementedError):
             # Some tokenizers make a control token even of plain text, and some processors (Idefics3) fail with the
             # flag: break the tokens up in what users wrote.
             tokens = self._control_tokens()
-            return self._apply(tuple(neutralised(message, tokens) for message in messages), go_on, picture)
+            if "tools" in settings:
+                settings["tools"] = _broken_up(settings["tools"], tokens)
+            return self._apply(tuple(neutralised(message, tokens) for message in messages), picture, **settings)
 
-    def _apply(self, messages: Messages, go_on: bool, picture: Callable[[Image], Any], **settings: Any) -> Rendered:
-        settings |= {"tokenize": True, "return_dict": True, "add_generation_prompt": not go_on}
-        settings["continue_final_message"] = go_on
+    def _apply(self, messages: Messages, picture: Callable[[Image], Any], **settings: Any) -> Rendered:
+        settings |= {"tokenize": True, "return_dict": True}
         if self._processor is None:
-            texts = [{"role": message.role.value, "content": message.text} for message in messages]
+            texts = [_turn(message, message.text) for message in messages]
             return _rendered(self._tokenizer.apply_chat_template(texts, **settings))
-        chat = [{"role": message.role.value, "content": _contents(message, picture)} for message in messages]
+        chat = [_turn(message, _contents(message, picture)) for message in messages]
         return _rendered(self._processor.apply_chat_template(chat, return_tensors="pt", **settings))
 
     def _plain(self, messages: Messages, go_on: bool, picture: Callable[[Image], Any]) -> Rendered:
@@ -179,6 +247,37 @@ class Prompter:
         """Every added token that is not blank, so that none can be written by a user."""
         added = (token.content for token in self._tokenizer.added_tokens_decoder.values())
         return tuple(sorted({token for token in added if token.strip()}, key=len, reverse=True))
+
+
+def _written(template: Any) -> str:
+    """All there is of a chat template, which may be one, or several by name."""
+    return "\n".join(template.values()) if isinstance(template, Mapping) else str(template or "")
+
+
+def _texts(message: Message) -> list[str]:
+    return [message.text, *(call.arguments for call in message.tool_calls)]
+
+
+def _turn(message: Message, content: Any) -> dict[str, Any]:
+    """A message as chat templates read it; they write the arguments of calls as JSON themselves."""
+    turn = {"role": message.role.value, "content": content}
+    if message.tool_calls:
+        turn["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": _parsed(call.arguments)}}
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id is not None:
+        turn["tool_call_id"] = message.tool_call_id
+    if message.name is not None:
+        turn["name"] = message.name
+    return turn
+
+
+def _parsed(arguments: str) -> Any:
+    try:
+        return json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
 
 
 def _contents(message: Message, picture: Callable[[Image], Any]) -> list[dict[str, Any]]:
@@ -231,13 +330,19 @@ def plain_dialogue(messages: Sequence[Message], go_on: bool, image_token: str = 
 
 def neutralised(message: Message, tokens: Sequence[str]) -> Message:
     """The message with a zero-width space in each of ``tokens`` that its text holds (longest first)."""
-    if not tokens:
-        return message
-    pattern = re.compile("|".join(map(re.escape, tokens)))
-    parts = (
-        Text(pattern.sub(lambda found: found[0][:1] + BREAK + found[0][1:], part.text))
-        if isinstance(part, Text)
-        else part
-        for part in message.parts
+    parts = tuple(Text(_broken_up(part.text, tokens)) if isinstance(part, Text) else part for part in message.parts)
+    calls = tuple(
+        replace(call, name=_broken_up(call.name, tokens), arguments=_broken_up(call.arguments, tokens))
+        for call in message.tool_calls
     )
-    return Message(message.role, tuple(parts))
+    return replace(message, parts=parts, tool_calls=calls)
+
+
+def _broken_up(value: Any, tokens: Sequence[str]) -> Any:
+    """JSON with a zero-width space in each of ``tokens`` that its texts hold."""
+    if isinstance(value, str) and tokens:
+        pattern = re.compile("|".join(map(re.escape, tokens)))
+        return pattern.sub(lambda found: found[0][:1] + BREAK + found[0][1:], value)
+    if isinstance(value, Mapping):
+        return {key: _broken_up(below, tokens) for key, below in value.items()}
+    return [_broken_up(below, tokens) for below in value] if isinstance(value, list) else value

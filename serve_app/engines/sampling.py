@@ -1,17 +1,49 @@
-"""The next token of one request: its own temperature, seed and penalties, whatever its neighbours ask for."""
+"""The next token of one request: its own temperature, seed and penalties, whatever its neighbours ask for.
+
+The order is vLLM's and ``generate``'s: log-probabilities of the model as it is, bias and penalties, what the grammar
+allows, temperature, top-k, top-p, min-p, draw.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from transformers.generation import logits_process as steps
 
+from serve_app.domain.errors import GenerationFailed, InvalidInput
 from serve_app.domain.generation import Options
 
 COLDEST = 1e-5
 """A temperature below this is greedy: the division would leave the range of float32."""
+
+
+class Constraint(Protocol):
+    """What a reply may consist of, token by token (:mod:`serve_app.engines.structured`)."""
+
+    def allowed(self, size: int) -> torch.Tensor:
+        """Which of ``size`` tokens may come next, as booleans."""
+        ...
+
+    def allows(self, token: int) -> bool:
+        """Whether this token may come next: cheaper than :meth:`allowed`."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """The token that came."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """A token's log-probability under the model itself, and the likeliest tokens there, likeliest first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 class Sampler:
@@ -20,13 +52,30 @@ class Sampler:
     Temperature 0, or an open one where the checkpoint does not sample, takes the likeliest token. A seed makes the
     draws repeatable on the same machine and software with the same neighbours in the batch. ``prompt_length`` counts
     what the decoder reads before its first own token.
+
+    Args:
+        ends: the tokens that end a reply.
+        constraint: what the reply must look like; this sampler advances it.
+        logprobs: takes a :class:`Picked` for every token, when the request asks for log-probabilities.
     """
 
-    def __init__(self, options: Options, defaults: Any, ends: Sequence[int], prompt_length: int) -> None:
+    def __init__(
+        self,
+        options: Options,
+        defaults: Any,
+        ends: Sequence[int],
+        prompt_length: int,
+        constraint: Constraint | None = None,
+        logprobs: list[Picked] | None = None,
+    ) -> None:
         unasked = options.temperature is None
         temperature = _first(options.temperature, defaults.temperature, 1.0)
         self.greedy = temperature < COLDEST or (unasked and not defaults.do_sample)
-        self._penalties = _penalties(defaults, ends, prompt_length)
+        self._constraint = constraint
+        self._top = options.logprobs
+        self._told = logprobs if logprobs is not None else []
+        self._penalties = _penalties(options, defaults, ends, prompt_length, constraint is not None)
+        self._bias = _Bias(options)
         self._warpers = [] if self.greedy else _warpers(options, defaults)
         self._generator = torch.Generator()
         if options.seed is not None:
@@ -34,29 +83,120 @@ class Sampler:
         else:
             self._generator.seed()
 
+    @classmethod
+    def of(cls, job: Any, defaults: Any, ends: Sequence[int], prompt_length: int) -> Sampler:
+        """The sampler of a :class:`serve_app.engines.worker.Job`."""
+        told = job.stream.picked
+        return cls(job.request.options, defaults, ends, prompt_length, job.prompt.constraint, told)
+
     @property
     def needs_ids(self) -> bool:
         """Whether :meth:`pick` looks at the tokens so far."""
         return bool(self._penalties)
 
+    @property
+    def plain(self) -> bool:
+        """Whether :meth:`pick` does no more than take the likeliest token, so that a batch may do it in one call."""
+        return (
+            self.greedy
+            and not self._penalties
+            and not self._bias.acts
+            and self._constraint is None
+            and self._top is None
+        )
+
     def pick(self, logits: torch.Tensor, ids: Sequence[int]) -> int:
-        """The next token.
+        """The next token, which must then be used: the sampler remembers it.
 
         Args:
             logits: ``[vocabulary]``, of the last position.
             ids: what the decoder has read so far; may be empty unless :attr:`needs_ids`.
+
+        Raises:
+            InvalidInput: ``logit_bias`` names a token that there is not.
+            GenerationFailed: the grammar leaves no token, or has become too complex.
         """
-        scores = logits.float()[None]
+        model = logits.float()
+        scores = self._processed(model, ids)
+        token = self._choose(scores, model)
+        if self._constraint is not None:
+            self._constraint.accept(token)
+        self._bias.accept(token)
+        if self._top is not None:
+            self._told.append(_told(model, token, self._top))
+        return token
+
+    def _processed(self, model: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:
+        scores = self._bias.apply(model)
         if self._penalties:
             so_far = torch.tensor([list(ids)], device=scores.device)
             for penalty in self._penalties:
-                scores = penalty(so_far, scores)
+                scores = penalty(so_far, scores[None])[0]
+        return scores
+
+    def _choose(self, scores: torch.Tensor, model: torch.Tensor) -> int:
+        if self.greedy and self._constraint is not None:
+            likeliest = int(scores.argmax())
+            if self._constraint.allows(likeliest):
+                return likeliest
+        scores = self._constrained(scores, model)
         if self.greedy:
             return int(scores.argmax())
+        scores = scores[None]
         for warper in self._warpers:
             scores = warper(None, scores)
         probabilities = torch.softmax(scores[0], dim=-1).cpu()
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+    def _constrained(self, scores: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+        if self._constraint is None:
+            return scores
+        allowed = self._constraint.allowed(scores.shape[-1]).to(scores.device)
+        if not bool(allowed.any()):
+            raise GenerationFailed("The form that was asked for leaves the model no next token.")
+        scores = scores.masked_fill(~allowed, -torch.inf)
+        # A checkpoint may forbid by its own settings all that the grammar leaves; then the grammar counts.
+        return scores if bool(scores.isfinite().any()) else model.masked_fill(~allowed, -torch.inf)
+
+
+class _Bias:
+    """``logit_bias``, presence and frequency penalties, by OpenAI's formula: what is added does not depend on the
+    prompt, only on how often the reply holds the token already.
+
+    logit -= count * frequency_penalty + (count > 0) * presence_penalty
+    """
+
+    def __init__(self, options: Options) -> None:
+        self._fixed: Mapping[int, float] = options.logit_bias
+        self._presence = options.presence_penalty or 0.0
+        self._frequency = options.frequency_penalty or 0.0
+        self._counts: Counter[int] = Counter()
+
+    @property
+    def acts(self) -> bool:
+        return bool(self._fixed or self._presence or self._frequency)
+
+    def accept(self, token: int) -> None:
+        if self._presence or self._frequency:
+            self._counts[token] += 1
+
+    def apply(self, scores: torch.Tensor) -> torch.Tensor:
+        changes = dict(self._fixed)
+        for token, count in self._counts.items():
+            changes[token] = changes.get(token, 0.0) - count * self._frequency - self._presence
+        if not changes:
+            return scores
+        if max(changes) >= scores.shape[-1]:
+            message = f"logitBias names the token {max(changes)}; the model has {scores.shape[-1]}."
+            raise InvalidInput(message, details={"param": "logitBias"})
+        places = torch.tensor(list(changes), device=scores.device)
+        return scores.index_add(0, places, torch.tensor(list(changes.values()), device=scores.device))
+
+
+def _told(model: torch.Tensor, token: int, most: int) -> Picked:
+    logprobs = torch.log_softmax(model, dim=-1)
+    values, places = logprobs.topk(min(most, logprobs.shape[-1]))
+    return Picked(token, float(logprobs[token]), tuple(zip(places.tolist(), values.tolist(), strict=True)))
 
 
 def _warpers(options: Options, defaults: Any) -> list[Callable[..., Any]]:
@@ -64,6 +204,7 @@ def _warpers(options: Options, defaults: Any) -> list[Callable[..., Any]]:
     temperature = _first(options.temperature, defaults.temperature, 1.0)
     top_k = _first(options.top_k, defaults.top_k, 0)
     top_p = _first(options.top_p, defaults.top_p, 1.0)
+    min_p = _first(options.min_p, defaults.min_p, 0.0)
     found: list[Callable[..., Any]] = []
     if temperature != 1.0:
         found.append(steps.TemperatureLogitsWarper(float(temperature)))
@@ -71,20 +212,26 @@ def _warpers(options: Options, defaults: Any) -> list[Callable[..., Any]]:
         found.append(steps.TopKLogitsWarper(int(top_k)))
     if top_p < 1.0:
         found.append(steps.TopPLogitsWarper(float(top_p)))
-    if defaults.min_p:
-        found.append(steps.MinPLogitsWarper(float(defaults.min_p)))
+    if min_p:
+        found.append(steps.MinPLogitsWarper(float(min_p)))
     return found
 
 
-def _penalties(defaults: Any, ends: Sequence[int], prompt_length: int) -> list[Callable[..., Any]]:
+def _penalties(
+    options: Options, defaults: Any, ends: Sequence[int], prompt_length: int, constrained: bool
+) -> list[Callable[..., Any]]:
+    """What looks at the tokens so far. A grammar alone decides when its reply ends."""
+    repetition = _first(options.repetition_penalty, defaults.repetition_penalty, 1.0)
+    least = 0 if constrained else _first(options.min_tokens, defaults.min_new_tokens, 0)
+    held_back = [*ends, *(token for token in options.stop_token_ids if token not in ends)]
     found: list[Callable[..., Any]] = []
-    if defaults.repetition_penalty and defaults.repetition_penalty != 1.0:
-        found.append(steps.RepetitionPenaltyLogitsProcessor(float(defaults.repetition_penalty)))
+    if repetition != 1.0:
+        found.append(steps.RepetitionPenaltyLogitsProcessor(float(repetition)))
     if defaults.no_repeat_ngram_size:
         found.append(steps.NoRepeatNGramLogitsProcessor(int(defaults.no_repeat_ngram_size)))
-    if defaults.min_new_tokens and ends:
-        found.append(steps.MinNewTokensLengthLogitsProcessor(prompt_length, int(defaults.min_new_tokens), list(ends)))
-    if defaults.forced_bos_token_id is not None:
+    if least and held_back:
+        found.append(steps.MinNewTokensLengthLogitsProcessor(prompt_length, int(least), held_back))
+    if defaults.forced_bos_token_id is not None and not constrained:
         found.append(steps.ForcedBOSTokenLogitsProcessor(int(defaults.forced_bos_token_id)))
     if defaults.suppress_tokens:
         found.append(steps.SuppressTokensLogitsProcessor(defaults.suppress_tokens))

@@ -24,7 +24,7 @@ from serve_app.engines.faults import translate
 from serve_app.engines.ledger import Ledger, check_room
 from serve_app.engines.memory import context_limit, extra, kv_tokens
 from serve_app.engines.prompt import Prompt, Prompter
-from serve_app.engines.text import Decode, Detokenizer, Step, TextStream, guarded_step, window_step
+from serve_app.engines.text import Decode, Detokenizer, Step, guarded_step, window_step
 from serve_app.engines.worker import Decoder, Job, Worker
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class TransformersEngine:
             check_room(self._ledger.snapshot(), self._options)
             prompt = await self._prompt(request)
             before = prompt.ids[-CONTINUED_IDS:] if request.continue_final else ()
-            stream = TextStream(self._detokenizer(before), prompt.stops)
+            stream = self._prompter.stream(request, prompt, self._detokenizer(before))
             job = Job(request, prompt, stream, asyncio.get_running_loop(), arrived)
             self._worker.submit(job)
         except BaseException as fault:
@@ -146,6 +146,8 @@ def create(info: ModelInfo, options: EngineOptions, on_progress: Progress = no_p
     """
     from serve_app.engines import decoding
     from serve_app.engines.loading import load
+    from serve_app.engines.structured import Grammars
+    from serve_app.engines.vocabulary import Vocabulary
 
     unknown = {name for name, _ in options.extra} - EXTRA
     if unknown:
@@ -154,12 +156,14 @@ def create(info: ModelInfo, options: EngineOptions, on_progress: Progress = no_p
         )
     loaded = load(info, options, on_progress)
     info = loaded.info
+    size = int(loaded.model.get_input_embeddings().weight.shape[0])
     prompter = Prompter(
         loaded.tokenizer,
         loaded.processor,
         context_limit(info, options),
         _max_tokens(loaded, options),
         bool(loaded.model.config.is_encoder_decoder),
+        Grammars(Vocabulary(loaded.tokenizer, size, decoding.end_tokens(loaded, size))),
     )
     on_progress("warmup", 0.0)
     try:

@@ -22,7 +22,7 @@ from serve_app.domain.generation import EngineTiming, Finish, FinishReason, Gene
 from serve_app.engines.faults import translate
 from serve_app.engines.ledger import Ledger, Line, shutting_down
 from serve_app.engines.prompt import Prompt
-from serve_app.engines.text import TextStream
+from serve_app.engines.reply import ReplyStream
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Job:
 
     request: GenerationRequest
     prompt: Prompt
-    stream: TextStream
+    stream: ReplyStream
     loop: asyncio.AbstractEventLoop
     arrived: float
     items: asyncio.Queue[Outgoing] = field(default_factory=asyncio.Queue)
@@ -218,7 +218,7 @@ class Worker:
             ended = self._decoder.ends(token)
             if not ended and (delta := job.stream.push(token)) is not None:
                 self._outbox.append((job, delta))
-            if ended or job.stream.matched is not None:
+            if ended or job.stream.complete:
                 self._finish(job, FinishReason.STOP)
             elif len(job.tokens) >= job.prompt.max_tokens:
                 self._finish(job, FinishReason.LENGTH)
@@ -236,7 +236,7 @@ class Worker:
         stop = job.stream.matched if job.stream.matched in job.request.options.stop else None
         self._drop(job)
         self._ledger.leave("running", "finished")
-        self._outbox.append((job, Finish(reason, usage, timing, stop)))
+        self._outbox.append((job, Finish(job.stream.reason(reason), usage, timing, stop)))
 
     def _fail(self, job: Job, fault: Exception) -> None:
         log.error("request %s failed", job.request.request_id, exc_info=fault)

@@ -13,7 +13,8 @@ from serve_app.domain.errors import GenerationFailed, Internal, InvalidInput, Pr
 from serve_app.domain.generation import Delta, Finish, FinishReason, GenerationRequest, Message, Options, Priority
 from serve_app.engines.ledger import Ledger
 from serve_app.engines.prompt import Prompt
-from serve_app.engines.text import Detokenizer, TextStream
+from serve_app.engines.reply import Format
+from serve_app.engines.text import Detokenizer
 from serve_app.engines.worker import Job, Outgoing, Worker
 
 END = 99
@@ -60,7 +61,7 @@ def job_of(
     def text(ids: Sequence[int]) -> str:
         return "".join(f"t{token} " for token in ids)
 
-    stream = TextStream(Detokenizer(lambda token: text([token]), text), options.stop)
+    stream = Format().stream(request, Detokenizer(lambda token: text([token]), text), options.stop)
     prompt = Prompt(tuple(range(room)), 0, tokens, options.stop)
     return Job(request, prompt, stream, asyncio.get_running_loop(), time.monotonic())
 
