@@ -161,7 +161,7 @@ class ModelHandles:
     async def embed(self, entry: Entry, texts: Sequence[str], epoch: int) -> Embeddings:
         """One vector for each text."""
         try:
-            answer = await self._handle(entry, stream=False).embed.remote(tuple(texts), epoch)
+            answer = await self._handle(entry, stream=False).embed.remote(tuple(texts), epoch, entry.id)
         except Exception as error:
             self._forget(entry)
             raise translate(error, entry.id, entry.provider) from error

@@ -7,7 +7,8 @@ deploys a discovered model on first use and takes it away when its files change 
 import asyncio
 import logging
 import time
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from ray import serve
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
@@ -16,17 +17,22 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments import model as model_deployment
 from deployments.handles import answering, forever, translate
-from serve_app.config import GatewayArgs, ModelArgs, load, read_models
+from deployments.remotes import UPSTREAM_BUILDER, Remotes
+from deployments.room import room_for
+from serve_app.config import GatewayArgs, ModelArgs, UpstreamArgs, load, read_models
 from serve_app.config.sources import PLATFORM
-from serve_app.domain.catalog import LOCAL_PROVIDER, Catalogue, Entry, ModelInfo, application_name
+from serve_app.domain.catalog import LOCAL_PROVIDER, RESIDENT, Catalogue, Entry, ModelInfo, application_name
 from serve_app.domain.errors import InvalidConfig, InvalidInput, RotundaError
 from serve_app.domain.fleet import Fleet, FleetView, ProviderStatus, Report
 from serve_app.domain.routing import Admission, Ask, Granted, Lease, choose
+from serve_app.domain.upstreams import UpstreamReport
 from serve_app.engines import registry
 from serve_app.engines.discovery import ModelStore
 from serve_app.telemetry.logs import set_up_logging
 
 logger = logging.getLogger(__name__)
+
+AnyArgs = TypeVar("AnyArgs", ModelArgs, UpstreamArgs)
 
 SCAN_S = 1.0
 POLL_S = 2.0
@@ -49,11 +55,14 @@ class Router:
         self._store = ModelStore(self._settings.hf_model_path, self._settings.hf_default_task)
         self._serve = ServeView(self._settings.ray_dashboard_address.get_secret_value())
         self._fleet = Fleet()
+        self._remotes = Remotes(self._settings, self._platform)
         self._found: dict[str, ModelInfo] = {}
         self._deployed: dict[str, str] = {}
         """Applications that this router has put up for discovered models, each with the revision of its files."""
         self._deploying: dict[str, asyncio.Task[None]] = {}
         self._catalogue = Catalogue()
+        self._pinned: set[str] = set()
+        """Models that an operator pinned since this router started, beside those whose arguments say so."""
         self._epoch = time.time_ns()
         self._scanned = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -66,16 +75,19 @@ class Router:
     async def admit(self, ask: Ask) -> Admission:
         """The route of a request, with a lease on its first model; a discovered model is deployed on the way."""
         await self._scanned.wait()
+        ask = self._with_fallbacks(ask)
         now = time.time()
         try:
             route = choose(ask, self._catalogue, self._fleet.at(now), self._settings.default_model)
         except RotundaError:
             # The newest folder or application may be a moment away; a wrong name is worth one look.
             await self._refresh()
-            route = choose(ask, self._catalogue, self._fleet.at(now), self._settings.default_model)
+            names = (ask.model or self._settings.default_model or "", *ask.fallbacks)
+            catalogue = self._remotes.with_unlisted(self._catalogue, names, now)
+            route = choose(ask, catalogue, self._fleet.at(now), self._settings.default_model)
         first = route.first
         if not first.resident:
-            self._fleet.expect(first.entry.application, now)
+            self._fleet.expect(first.entry.unit, now)
         for candidate in route.candidates:
             await self._deploy(candidate.entry)
         return Granted(route, Lease(first.entry.full_name, self._epoch, LEASE_TTL_S))
@@ -83,40 +95,76 @@ class Router:
     async def cancel(self, ticket: str) -> None:
         """Forget a ticket. Every admission is granted at once as long as nothing rotates, so none is kept."""
 
-    async def heartbeat(self, report: Report) -> None:
-        """A replica says how it is."""
+    async def heartbeat(self, report: Report) -> bool:
+        """A replica says how it is; the answer is whether its model is pinned."""
         entry = next((entry for entry in self._catalogue.entries if entry.application == report.application), None)
         self._fleet.hear(report, time.time(), entry.info.revision if entry and entry.info else "")
+        return entry is not None and entry.full_name in self._pinned
+
+    async def upstream_heartbeat(self, report: UpstreamReport) -> bool:
+        """The replica of a remote provider says how it is; the answer says whether its models are known."""
+        known = self._remotes.hear(report, self._fleet, time.time())
+        self._rebuild()
+        return known
 
     async def farewell(self, application: str, replica_id: str) -> None:
         """A replica ends; one that is killed is missed after ``REPORT_TTL_S``."""
+        self._remotes.forget(application, replica_id)
         self._fleet.forget(application, replica_id)
 
     @answering
     async def view(self) -> FleetView:
         """What there is and how it is."""
         await self._scanned.wait()
-        pinned = frozenset(entry.full_name for entry in self._catalogue.entries if _stays(entry))
+        pinned = frozenset(entry.full_name for entry in self._catalogue.entries if self._is_pinned(entry))
         now = time.time()
         self._fleet.prune(now)
         return self._fleet.view(self._catalogue, now, pinned, self._providers(), self._serve.notes)
 
     @answering
     async def command(self, action: str, model: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """``load`` or ``unload`` a model by name."""
+        """``load``, ``unload``, ``pin`` or ``plan`` a model by name."""
         await self._scanned.wait()
         entry = self._catalogue.resolve(model)
+        if action == "plan":
+            return {"model": self._catalogue.name_of(entry), **await self._plan(entry)}
         if action == "load":
-            choose(Ask("load", model, frozenset()), self._catalogue, self._fleet.at(time.time()))
-            await self._deploy(entry)
-            self._fleet.expect(entry.application, time.time())
-            self._wake(entry)
+            await self._load(entry, model)
         elif action == "unload":
-            await self._retire(entry)
+            await self._unload(entry)
+        elif action == "pin":
+            change = self._pinned.add if arguments.get("pinned", True) else self._pinned.discard
+            change(entry.full_name)
         else:
-            raise InvalidInput(f"There is no command {action!r}; the commands are load and unload.")
+            raise InvalidInput(f"There is no command {action!r}; the commands are load, unload, pin and plan.")
         state, reason = self._fleet.state_of(entry, time.time())
         return {"model": self._catalogue.name_of(entry), "state": state.value, "reason": reason}
+
+    async def _plan(self, entry: Entry) -> dict[str, Any]:
+        if self._fleet.state_of(entry, time.time())[0] in RESIDENT:
+            return {"verdict": "resident", "reason": "it is in memory"}
+        if entry.shared:
+            return {"verdict": "fits", "reason": f"{entry.provider} makes room for it by itself"}
+        return await asyncio.to_thread(room_for, self._args_of(entry), entry.info)
+
+    async def _load(self, entry: Entry, name: str) -> None:
+        choose(Ask("load", name, frozenset()), self._catalogue, self._fleet.at(time.time()))
+        await self._deploy(entry)
+        self._fleet.expect(entry.unit, time.time())
+        self._wake(entry)
+
+    async def _unload(self, entry: Entry) -> None:
+        if self._is_pinned(entry):
+            raise InvalidInput(f"{entry.id} is pinned: it stays in memory until it is unpinned.", entry.provider)
+        await self._retire(entry)
+
+    def _is_pinned(self, entry: Entry) -> bool:
+        return entry.full_name in self._pinned or (not entry.shared and self._args_of(entry).stays)
+
+    def _args_of(self, entry: Entry) -> ModelArgs:
+        if entry.spec:
+            return ModelArgs.model_validate(dict(entry.spec))
+        return ModelArgs(model=entry.id).over(self._defaults().get(entry.id))
 
     async def __del__(self) -> None:
         for task in self._tasks:
@@ -128,6 +176,8 @@ class Router:
 
     async def _look_at_serve(self) -> None:
         await self._serve.poll()
+        if not self._serve.notes:
+            await self._remotes.look(self._serve.upstreams, self._serve.running)
         self._rebuild()
 
     async def _refresh(self) -> None:
@@ -152,18 +202,26 @@ class Router:
         declared = {args.model: (name, args) for name, args in self._serve.models.items()}
         entries = [_declared_entry(name, args, self._found.get(args.model)) for name, args in declared.values()]
         entries += [_found_entry(info) for info in self._found.values() if info.id not in declared]
+        entries += self._remotes.entries(time.time())
         aliases = dict(self._platform.aliases)
         for _, args in declared.values():
             aliases |= dict.fromkeys(args.aliases, args.model)
         self._catalogue = Catalogue(entries, aliases)
 
     def _providers(self) -> tuple[ProviderStatus, ...]:
-        usable = sum(1 for entry in self._catalogue.entries if entry.info is None or entry.info.usable)
-        return (ProviderStatus(LOCAL_PROVIDER, LOCAL_PROVIDER, "ok", usable),)
+        local = [entry for entry in self._catalogue.entries if not entry.shared]
+        usable = sum(1 for entry in local if entry.info is None or entry.info.usable)
+        return (ProviderStatus(LOCAL_PROVIDER, LOCAL_PROVIDER, "ok", usable), *self._remotes.statuses(time.time()))
+
+    def _with_fallbacks(self, ask: Ask) -> Ask:
+        """The request's own fallbacks, else those that the platform file gives its model."""
+        known = self._platform.fallbacks.get(ask.model or self._settings.default_model or "", ())
+        return ask if ask.fallbacks or not known else replace(ask, fallbacks=known)
 
     async def _deploy(self, entry: Entry) -> None:
         """Put up the application of a discovered model unless it stands; concurrent callers share one deployment."""
-        if entry.declared or entry.application in self._deployed or entry.application in self._serve.running:
+        known = entry.application in self._deployed or entry.application in self._serve.running
+        if entry.declared or entry.shared or known:
             return
         task = self._deploying.get(entry.application)
         if task is None:
@@ -173,8 +231,7 @@ class Router:
         await asyncio.shield(task)
 
     async def _put_up(self, entry: Entry) -> None:
-        args = ModelArgs(model=entry.id).over(self._defaults().get(entry.id))
-        target = RunTarget(model_deployment.build(args), name=entry.application, route_prefix=None)
+        target = RunTarget(model_deployment.build(self._args_of(entry)), name=entry.application, route_prefix=None)
         try:
             await asyncio.to_thread(serve.run_many, [target], wait_for_applications_running=False)
         except Exception as error:
@@ -191,10 +248,16 @@ class Router:
             return {}
 
     def _wake(self, entry: Entry) -> None:
+        if entry.shared:
+            self._keep(asyncio.ensure_future(self._remotes.command("load", entry)))
+            return
         handle: DeploymentHandle[Any] = DeploymentHandle(entry.deployment, entry.application)
         self._keep(asyncio.ensure_future(handle.warm.remote()))
 
     async def _retire(self, entry: Entry) -> None:
+        if entry.shared:
+            await self._remotes.command("unload", entry)
+            return
         handle: DeploymentHandle[Any] = DeploymentHandle(entry.deployment, entry.application)
         await handle.broadcast("retire").results_async(timeout_s=5)
 
@@ -219,6 +282,7 @@ class ServeView:
         self._address = address
         self._client: ServeSubmissionClient | None = None
         self.models: dict[str, ModelArgs] = {}
+        self.upstreams: dict[str, UpstreamArgs] = {}
         self.running: frozenset[str] = frozenset()
         self.notes: tuple[str, ...] = ("Serve's REST API was not asked yet.",)
 
@@ -234,6 +298,11 @@ class ServeView:
         applications: dict[str, Any] = details.get("applications") or {}
         self.running = frozenset(applications)
         self.models = {name: args for name, app in applications.items() if (args := _model_args(name, app))}
+        self.upstreams = {
+            name: found
+            for name, app in applications.items()
+            if (found := _declared_args(name, app, UPSTREAM_BUILDER, UpstreamArgs))
+        }
 
     def _fetch(self) -> dict[str, Any]:
         if self._client is None:
@@ -241,16 +310,24 @@ class ServeView:
         return dict(self._client.get_serve_details())
 
 
-def _model_args(name: str, application: dict[str, Any]) -> ModelArgs | None:
-    """The arguments of a declared model application; None for every other one."""
+def _declared_args(name: str, application: dict[str, Any], builder: str, kind: type[AnyArgs]) -> AnyArgs | None:
+    """The arguments of an application that stands in ``serve_config.yaml`` with this builder; else None."""
     config = application.get("deployed_app_config") or {}
-    if config.get("import_path") != MODEL_BUILDER or application.get("status") == "DELETING":
+    if config.get("import_path") != builder or application.get("status") == "DELETING":
         return None
     try:
-        args = ModelArgs.read(config.get("args"), name)
+        return kind.read(config.get("args"), name)
     except InvalidConfig as error:
         logger.warning("%s", error)
         return None
+
+
+def _model_args(name: str, application: dict[str, Any]) -> ModelArgs | None:
+    """The arguments of a declared model application; None for every other one."""
+    args = _declared_args(name, application, MODEL_BUILDER, ModelArgs)
+    if args is None:
+        return None
+    config = application["deployed_app_config"]
     overrides = [item for item in config.get("deployments") or () if item.get("name") == MODEL_DEPLOYMENT]
     scaling = (overrides[0].get("autoscaling_config") or {}) if overrides else {}
     known = {key: scaling[key] for key in ("min_replicas", "max_replicas") if scaling.get(key) is not None}
@@ -267,7 +344,3 @@ def _declared_entry(application: str, args: ModelArgs, found: ModelInfo | None) 
 
 def _found_entry(info: ModelInfo) -> Entry:
     return Entry(info.id, LOCAL_PROVIDER, application_name(info.id), MODEL_DEPLOYMENT, info)
-
-
-def _stays(entry: Entry) -> bool:
-    return bool(entry.spec) and ModelArgs.model_validate(dict(entry.spec)).stays

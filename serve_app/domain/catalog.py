@@ -95,10 +95,17 @@ class Entry:
     spec: Mapping[str, Any] = field(default_factory=dict)
     reason: str | None = None
     """Why the model cannot be used right now, when it cannot."""
+    shared: bool = False
+    """Whether other models answer through the same application: those of a remote provider do."""
 
     @property
     def full_name(self) -> str:
         return f"{self.provider}/{self.id}"
+
+    @property
+    def unit(self) -> str:
+        """What reports of the model are filed under: its application, or its full name when that is shared."""
+        return self.full_name if self.shared else self.application
 
     @property
     def capabilities(self) -> frozenset[Capability]:

@@ -179,7 +179,7 @@ class Fleet:
 
     def failure_of(self, entry: Entry) -> dict[str, Any] | None:
         """The error that a call to the model would end with, when that is known: its files are still the same."""
-        failed = self.failed.get(entry.application)
+        failed = self.failed.get(entry.unit)
         revision = entry.info.revision if entry.info else ""
         return failed.error if failed is not None and failed.revision == revision else None
 
@@ -190,12 +190,12 @@ class Fleet:
         failure = self.failure_of(entry)
         if failure is not None:
             return ModelState.FAILED, str(failure["message"])
-        reports = self.of(entry.application, now)
+        reports = self.of(entry.unit, now)
         for state in (ModelState.BUSY, ModelState.READY, ModelState.LOADING, ModelState.RETIRING, ModelState.FAILED):
             for report in reports:
                 if report.state is state:
                     return state, report.reason
-        return (ModelState.LOADING if entry.application in self.starting else ModelState.COLD), None
+        return (ModelState.LOADING if entry.unit in self.starting else ModelState.COLD), None
 
     def at(self, now: float) -> Moment:
         """The fleet as it stands at ``now``, as routing wants it."""
@@ -212,7 +212,7 @@ class Fleet:
         models = []
         for entry in catalogue.entries:
             state, reason = self.state_of(entry, now)
-            reports = self.of(entry.application, now)
+            reports = self.of(entry.unit, now)
             name = catalogue.name_of(entry)
             models.append(ModelStatus(entry, name, state, reports, entry.full_name in pinned, reason))
         return FleetView(tuple(models), providers, notes)
