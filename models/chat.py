@@ -35,8 +35,9 @@ chat interfaces: its answers can be checked, they depend on the whole conversati
 {rows}
 
 Anything else is answered with "I do not know." Accuracy is the share of exact answers under greedy decoding, on
-{short} and {long} prompts per skill that the training stream cannot contain: other sums (in neither order), other
-phrases, other ranges, other names, other personas, other questions. Counting behind the history is measured up to
+{short} and {long} prompts per skill made of items that training cannot have seen: other sums (in neither order), phrases
+and questions of other words, other ranges, other names, other personas. Only greetings are a closed list.
+Counting behind the history is measured up to
 {count_long} numbers, so that the answer fits into the context.
 
 ## Use
@@ -59,7 +60,8 @@ Every digit is one token, and any UTF-8 text survives encoding and decoding.
 
 It knows English phrasings of these skills and nothing else: no facts, no other arithmetic, no numbers above 99 in sums
 and none above 330 in counts. A name or persona counts when it is stated the way people usually do ("My name is Ada.",
-"You are Ada, a pilot."). Among many names, the one stated last is meant.
+"You are Ada, a pilot."). Among many names, the one stated last is meant. Outside of these bounds it does not refuse but
+errs: it drops a digit of larger numbers and a third summand.
 
 ## Training
 
@@ -158,7 +160,8 @@ def _described(phase: chat_train.Phase) -> str:
         shapes = [f"{shape.batch} × {shape.length}" for shape in dict.fromkeys(stage.shapes)]
         stages.append(f"{stage.steps:,} steps of {' or '.join(shapes)} tokens")
     far = ", names asked for late" if phase.far_share else ""
-    return f"{', then '.join(stages)}, rotary base {phase.rope_theta:,.0f}{far}"
+    small = ", more small sums" if phase.small_sums else ""
+    return f"{', then '.join(stages)}, rotary base {phase.rope_theta:,.0f}{far}{small}"
 
 
 def _shortened(minutes: float) -> tuple[chat_train.Phase, ...]:
