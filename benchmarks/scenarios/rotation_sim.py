@@ -1,7 +1,8 @@
 """Which models stay in memory: policies against each other and against an optimum that knows the future.
 
-``python -m benchmarks.scenarios.rotation_sim`` replays synthetic traces (and, with ``--trace``, a recorded decision log)
-through the same ``Rotation`` that the router runs, on a fake clock, and writes ``benchmarks/results/rotation_sim.json``.
+``python -m benchmarks.scenarios.rotation_sim`` replays synthetic traces (and, with ``--trace``, a recorded decision
+log) through the same ``Rotation`` that the router runs, on a fake clock, and writes
+``benchmarks/results/rotation_sim.json``.
 """
 
 from __future__ import annotations

@@ -11,6 +11,9 @@ from serve_app.domain.rotation_events import Acknowledged, Extend, LeaseReleased
 from serve_app.domain.rotation_state import State
 from serve_app.domain.routing import Lease
 
+IN_FLIGHT_S = 1.0
+"""How long a holder's word that its calls still run counts; the heartbeats of the replica say the same by then."""
+
 
 class Departures:
     """Leases and retirements."""
@@ -95,7 +98,7 @@ class Departures:
         if event.epoch >= resident.retirement.revoked:
             resident.leases.pop(event.holder, None)
         if event.in_flight > 0:
-            resident.used_until = self._state.now + self._state.limits.settle_s
+            resident.used_until = self._state.now + max(self._state.limits.settle_s, IN_FLIGHT_S)
 
     def released(self, event: LeaseReleased) -> None:
         resident = self._state.residency.residents.get(event.model)

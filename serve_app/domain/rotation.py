@@ -1,9 +1,9 @@
 """Rotation: which models hold memory, who waits for which, and why.
 
 Events go in, effects come out; one writer, synchronous, no clock of its own. docs/rotation.md has the rules. They live
-in :mod:`queue` (whose turn it is), :mod:`admissions` (which load is next), :mod:`planning` and :mod:`eviction` (where, and
-who leaves), :mod:`departures` (leases and retirements) and :mod:`loads` (replicas). This module holds what each event
-means and the order in which the parts act.
+in :mod:`queue` (whose turn it is), :mod:`admissions` (which load is next), :mod:`planning` and :mod:`eviction` (where,
+and who leaves), :mod:`departures` (leases and retirements) and :mod:`loads` (replicas). This module holds what each
+event means and the order in which the parts act.
 """
 
 from __future__ import annotations
