@@ -19,6 +19,7 @@ from serve_app.api.services import Services
 from serve_app.config import GatewayArgs, Settings, load
 from serve_app.config.sources import PLATFORM
 from serve_app.domain.backoff import Backoff
+from serve_app.domain.breaker import Breakers, Rules
 from serve_app.domain.errors import RotundaError
 from serve_app.gateway import Gateway, Limits
 from serve_app.replies import SessionLimits
@@ -56,7 +57,9 @@ class Ingress:
         self._store = await Store.open(url)
         files = ImageFiles(settings.image_storage_path)
         owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        gateway = Gateway(RouterHandle(router), ModelHandles(owner), _limits(settings))
+        gateway = Gateway(
+            RouterHandle(router), ModelHandles(owner), _limits(settings), breakers=Breakers(_rules(settings))
+        )
         key = await self._store.signing_key()
         access = Access(self._store, Passwords(), key, settings)
         self._sessions = Sessions(self._store, gateway, files, access.image_url, _session_limits(settings), owner)
@@ -98,6 +101,10 @@ def _limits(settings: Settings) -> Limits:
     return Limits(
         load_s=settings.rotation_timeout_ms / 1000, total_s=settings.hf_model_timeout_ms / 1000, backoff=backoff
     )
+
+
+def _rules(settings: Settings) -> Rules:
+    return Rules(settings.circuit_breaker_threshold, settings.circuit_breaker_timeout_ms / 1000)
 
 
 def _session_limits(settings: Settings) -> SessionLimits:

@@ -16,13 +16,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from serve_app.domain.backoff import Backoff
+from serve_app.domain.breaker import Breakers, Circuit
 from serve_app.domain.catalog import Entry
 from serve_app.domain.embeddings import Embeddings
 from serve_app.domain.errors import DeadlineExceeded, InvalidInput, Phase, ProviderError, ReplicaRetired, RotundaError
 from serve_app.domain.events import Loading, Queued, Switched
 from serve_app.domain.fleet import FleetView
 from serve_app.domain.generation import Accepted, Delta, Finish, GenerationRequest, Item, Timing
-from serve_app.domain.routing import Admission, Ask, Candidate, Granted, Waiting
+from serve_app.domain.routing import Admission, Ask, Candidate, Granted, Route, Waiting
 from serve_app.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ class Gateway:
         backend: calls the models.
         limits: timeouts and retries.
         clock: monotonic seconds.
+        breakers: which models and providers failed lately, as this gateway saw it.
     """
 
     def __init__(
@@ -123,8 +125,10 @@ class Gateway:
         backend: Backend,
         limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
+        breakers: Breakers | None = None,
     ) -> None:
         self.router = router
+        self._breakers = breakers or Breakers()
         self._backend = backend
         self._limits = limits or Limits()
         self._clock = clock
@@ -224,33 +228,48 @@ class Gateway:
     async def _route(
         self, ask: Ask, granted: Granted, request: GenerationRequest, record: Record
     ) -> AsyncGenerator[Step, None]:
-        """Route: the candidates in order, each as often as the backoff allows, until one has said something."""
-        candidates = granted.route.candidates
+        """Route: the healthy candidates in order, each as often as the backoff allows, until one has said something."""
+        candidates = self._breakers.order(granted.route.candidates, self._clock())
+        detour = _detour(granted.route, candidates[0])
+        if detour is not None:
+            yield detour
         for rank, candidate in enumerate(candidates):
             failures = 0
             while True:
                 yield Routed(candidate)
+                self._breakers.tried(candidate.entry, self._clock())
                 try:
                     async with aclosing(self._stream(candidate, granted, request, record)) as steps:
                         async for step in steps:
                             yield step
+                    self._breakers.succeeded(candidate.entry)
                     return
                 except RotundaError as error:
-                    self._leases.clear()
-                    error.provider = error.provider or candidate.entry.provider
-                    if record.first is not None or isinstance(error, InvalidInput):
-                        raise
                     failures += 1
-                    delay = self._limits.backoff.delay_s(failures, random.random) if error.retryable else None
-                    if delay is None and rank + 1 == len(candidates):
+                    delay = self._failed(candidate, error, failures)
+                    last = delay is None and rank + 1 == len(candidates)
+                    if record.first is not None or isinstance(error, InvalidInput) or last:
                         raise
                     failure = error
+                except (asyncio.CancelledError, GeneratorExit):
+                    self._breakers.released(candidate.entry)
+                    raise
                 logger.warning("attempt %d on %s failed: %s", failures, candidate.name, failure)
                 if delay is None:
                     yield Switched(candidate.name, candidates[rank + 1].name, failure.message)
                     break
                 await asyncio.sleep(delay)
                 granted = await self._again(ask, granted, failure)
+
+    def _failed(self, candidate: Candidate, error: RotundaError, failures: int) -> float | None:
+        """Record a failed attempt; the seconds until the next one on the same candidate, None for no more."""
+        self._leases.clear()
+        error.provider = error.provider or candidate.entry.provider
+        now = self._clock()
+        self._breakers.failed(candidate.entry, error, now)
+        if not error.retryable or self._breakers.state(candidate.entry, now) is Circuit.OPEN:
+            return None
+        return self._limits.backoff.delay_s(failures, random.random)
 
     async def _again(self, ask: Ask, granted: Granted, failure: RotundaError) -> Granted:
         """A retired replica's lease is void: ask the router for a new one."""
@@ -298,6 +317,13 @@ class Gateway:
             raise DeadlineExceeded.during(phase, limit, provider) from None
         except StopAsyncIteration:
             raise ProviderError("The model's answer broke off without an end. Try again.", provider, True) from None
+
+
+def _detour(route: Route, first: Candidate) -> Switched | None:
+    """What the client is told when another model than the one it asked for is tried first."""
+    if first is not route.first:
+        return Switched(route.first.name, first.name, f"{route.first.name} failed several times in a row")
+    return Switched(route.passed_over[0][0], first.name, route.passed_over[0][1]) if route.passed_over else None
 
 
 @asynccontextmanager

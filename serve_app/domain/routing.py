@@ -49,9 +49,13 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Candidates in the order in which they are tried; never empty."""
+    """Candidates in the order in which they are tried; never empty.
+
+    ``passed_over``: models that were asked for before the first candidate and cannot answer, each with the reason.
+    """
 
     candidates: tuple[Candidate, ...]
+    passed_over: tuple[tuple[str, str], ...] = ()
 
     @property
     def first(self) -> Candidate:
@@ -109,6 +113,7 @@ def choose(ask: Ask, catalogue: Catalogue, fleet: FleetState, default_model: str
     """
     names = [ask.model or default_chat_model(catalogue, default_model), *ask.fallbacks]
     candidates: list[Candidate] = []
+    passed_over: list[tuple[str, str]] = []
     refusal: RotundaError | None = None
     for rank, name in enumerate(names):
         try:
@@ -117,10 +122,12 @@ def choose(ask: Ask, catalogue: Catalogue, fleet: FleetState, default_model: str
             refusal = refusal or error
             if rank == 0 and not isinstance(error, ModelError | ProviderUnavailable):
                 raise
+            if not candidates:
+                passed_over.append((name, error.message))
     if not candidates:
         assert refusal is not None
         raise refusal
-    return Route(tuple(candidates))
+    return Route(tuple(candidates), tuple(passed_over))
 
 
 def _candidate(name: str, rank: int, ask: Ask, catalogue: Catalogue, fleet: FleetState) -> Candidate:

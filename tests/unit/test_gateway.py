@@ -2,11 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from serve_app.domain.backoff import Backoff
+from serve_app.domain.breaker import Breakers, Rules
 from serve_app.domain.catalog import Entry, ModelState
 from serve_app.domain.errors import (
     CapabilityMissing,
@@ -245,3 +247,53 @@ async def test_closing_the_reply_closes_the_call() -> None:
             break
     await reply.aclose()
     assert backend.closed == 1
+
+
+async def test_a_way_that_fails_again_and_again_is_closed_and_the_fallback_answers_at_once() -> None:
+    now = [0.0]
+    breakers = Breakers(Rules(threshold=2, timeout_s=10))
+    backend = ScriptedBackend(*[failing(ProviderUnavailable("gone"))] * 2, answer, answer, answer)
+    gateway = Gateway(
+        ScriptedRouter(granted("a", "b")), backend, Limits(backoff=NO_WAIT), lambda: now[0], breakers=breakers
+    )
+    assert Switched("a", "b", "gone") in await steps(gateway)
+    assert backend.called == ["a", "a", "b"]  # not a third time: the second failure closed the way
+    found = await steps(gateway)
+    assert found[0] == Switched("a", "b", "a failed several times in a row")
+    now[0] = 10
+    await steps(gateway)
+    assert backend.called == ["a", "a", "b", "b", "b"]  # healthy before half-open
+
+
+async def test_when_every_way_is_closed_the_client_learns_when_to_come_again() -> None:
+    backend = ScriptedBackend(failing(ProviderUnavailable("gone")), answer)
+    breakers, now = Breakers(Rules(threshold=1, timeout_s=10)), [0.0]
+    gateway = Gateway(ScriptedRouter(granted("a")), backend, clock=lambda: now[0], breakers=breakers)
+    for _ in range(2):
+        with pytest.raises(ProviderUnavailable) as caught:
+            await steps(gateway)
+    assert caught.value.retry_after_s == 10
+    assert backend.called == ["a"]
+    now[0] = 10
+    assert isinstance((await steps(gateway))[-1], Completed)
+
+
+async def test_a_client_that_leaves_during_the_one_try_lets_another_one_try() -> None:
+    breakers, now = Breakers(Rules(threshold=1, timeout_s=10)), [10.0]
+    backend = ScriptedBackend(answer, answer)
+    gateway = Gateway(ScriptedRouter(granted("a")), backend, clock=lambda: now[0], breakers=breakers)
+    breakers.failed(granted("a").route.first.entry, ProviderUnavailable("gone"), 0)
+    reply = gateway.reply(ASK, REQUEST)
+    async for step in reply:
+        if isinstance(step, Delta):
+            break
+    with pytest.raises(ProviderUnavailable):
+        await steps(gateway)
+    await reply.aclose()
+    assert isinstance((await steps(gateway))[-1], Completed)
+
+
+async def test_a_model_that_routing_passed_over_is_named_with_its_reason() -> None:
+    passed = Granted(replace(route("b"), passed_over=(("a", "its provider is down"),)), Lease("b", 1, 2.0))
+    found = await steps(Gateway(ScriptedRouter(passed), ScriptedBackend(answer)))
+    assert found[0] == Switched("a", "b", "its provider is down")
