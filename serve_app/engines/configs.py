@@ -11,6 +11,7 @@ from typing import Any
 from serve_app.domain.catalog import Capability, Task
 from serve_app.domain.errors import CapabilityMissing, ModelLoadFailed, ModelUnsafe
 from serve_app.engines.files import read_json, read_object
+from serve_app.engines.tools import takes_tools
 
 MAX_TEMPLATE_BYTES = 64 * 1024
 
@@ -231,6 +232,8 @@ def capabilities_of(configs: Configs, task: Task) -> frozenset[Capability]:
     found = {Capability.COMPLETION}
     if configs.templates:
         found |= {Capability.CHAT, Capability.CHAT_TEMPLATE}
+    if any(takes_tools(template) for template in configs.templates):
+        found.add(Capability.TOOLS)
     if task is Task.IMAGE_TEXT_TO_TEXT:
         found.add(Capability.VISION)
     return frozenset(found)

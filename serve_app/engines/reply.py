@@ -15,15 +15,13 @@ from serve_app.engines.text import Detokenizer, TextStream
 from serve_app.engines.tools import MARKS, Found, Reader, family_of, reader_for, takes_tools
 
 
-class Picks(Protocol):
-    """A token as it was picked (:class:`serve_app.engines.sampling.Picked`)."""
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """A token's log-probability under the model itself, and the likeliest tokens there, likeliest first."""
 
-    @property
-    def token(self) -> int: ...
-    @property
-    def logprob(self) -> float: ...
-    @property
-    def top(self) -> tuple[tuple[int, float], ...]: ...
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 class Form(Protocol):
@@ -117,7 +115,7 @@ class ReplyStream:
         form: Form | None,
         spell: Callable[[int], bytes] | None,
     ) -> None:
-        self.picked: list[Any] = []
+        self.picked: list[Picked] = []
         self._text = text
         self._splitter = splitter
         self._reader = reader

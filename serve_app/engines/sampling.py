@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +15,7 @@ from transformers.generation import logits_process as steps
 
 from serve_app.domain.errors import GenerationFailed, InvalidInput
 from serve_app.domain.generation import Options
+from serve_app.engines.reply import Picked
 
 COLDEST = 1e-5
 """A temperature below this is greedy: the division would leave the range of float32."""
@@ -35,15 +35,6 @@ class Constraint(Protocol):
     def accept(self, token: int) -> None:
         """The token that came."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Picked:
-    """A token's log-probability under the model itself, and the likeliest tokens there, likeliest first."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
 
 
 class Sampler:

@@ -5,7 +5,10 @@ what tests *and* benchmarks run: what they measure is the platform.
 
 **Text.** Token ``n`` of the reply is ``"word{n}"`` with a space between; or the words of ``text``, repeated as often
 as it takes; or, with ``echo``, the words of the last message. Token ids are 0, 1, 2, …. A token of the prompt is a
-word between blanks; images count 16 each.
+word between blanks; images count 16 each. Reasoning between ``<think>`` and ``</think>``, and calls of offered tools
+between ``<tool_call>`` and ``</tool_call>``, are told apart from the text as any engine does; a forced call is the
+reply itself, a JSON list. Each token has the log-probability -0.5, and its alternatives are ``alternative 1`` and so on
+with -1, -2, … No form of the reply is enforced: it is the script's.
 
 **Pace.** With its slot at ``t0``, token ``n`` is due at ``t0 + ttft + n · pace`` exactly: a late token does not delay
 those after it.
@@ -66,11 +69,15 @@ from serve_app.domain.generation import (
 from serve_app.engines.base import Counters, EngineOptions, Progress, no_progress
 from serve_app.engines.context import Fitted, fit
 from serve_app.engines.ledger import Ledger, Line, Outcome, Place, check_room, shutting_down
-from serve_app.engines.text import Detokenizer, TextStream
+from serve_app.engines.reasoning import FAMILIES
+from serve_app.engines.reply import Format, Picked, ReplyStream
+from serve_app.engines.text import Detokenizer
+from serve_app.engines.tools import HERMES
 
 DEFAULT_TOKENS = 16
 TOKENS_PER_IMAGE = 16
 DIRECTIVE = re.compile(r"\[\[(.*?)\]\]", re.DOTALL)
+FORMAT = Format(FAMILIES[0], HERMES)
 EXTRA_ONLY = ("text", "load_s", "load_error", "directives")
 
 
@@ -264,6 +271,8 @@ class ScriptedEngine:
     def _check(self, script: Script, request: GenerationRequest) -> None:
         if request.has_images and Capability.VISION not in self._info.capabilities:
             raise CapabilityMissing("This model reads text only. Choose one with the capability vision.")
+        if request.has_tools and Capability.TOOLS not in self._info.capabilities:
+            raise CapabilityMissing("This model knows no tools. Choose one with the capability tools.")
         if script.error is not None and script.fail_at is None:
             raise script.failure()
         check_room(self._ledger.snapshot(), self._options)
@@ -305,10 +314,12 @@ class ScriptedEngine:
         self._ledger.count(prompt_tokens=prompt_tokens)
         message = run.request.messages[-1]
         piece, total = reply_pieces(script, message), reply_length(script, message)
-        stream = TextStream(Detokenizer(piece, lambda ids: "".join(map(piece, ids))), run.request.options.stop)
+        stream = _stream(run.request, piece)
         begun, done = self._clock.time(), 0
-        while done < min(total, fitted.max_tokens) and stream.matched is None:
+        while done < min(total, fitted.max_tokens) and not stream.complete:
             await self._due(script, done, begun)
+            if run.request.options.logprobs is not None:
+                stream.picked.append(_pick(done, run.request.options.logprobs))
             delta = stream.push(done)
             done += 1
             self._ledger.count(completion_tokens=1)
@@ -318,8 +329,8 @@ class ScriptedEngine:
         if (rest := stream.finish()) is not None:
             yield rest
         run.outcome = "finished"
-        cut = stream.matched is None and total > fitted.max_tokens
-        reason = FinishReason.LENGTH if cut else FinishReason.STOP
+        cut = not stream.complete and total > fitted.max_tokens
+        reason = stream.reason(FinishReason.LENGTH if cut else FinishReason.STOP)
         yield Finish(reason, Usage(prompt_tokens, done), self._timing(run, script, begun), stream.matched)
 
     async def _due(self, script: Script, done: int, begun: float | None) -> None:
@@ -352,6 +363,19 @@ class ScriptedEngine:
         return EngineTiming(queue_s=begun - run.arrived, prefill_s=prefill, decode_s=spent - prefill)
 
 
+def _pick(token: int, most: int) -> Picked:
+    """A token with made-up log-probabilities; see the module. Its alternatives have negative numbers."""
+    return Picked(token, -0.5, tuple((-rank, -float(rank)) for rank in range(1, most + 1)))
+
+
+def _stream(request: GenerationRequest, piece: Callable[[int], str]) -> ReplyStream:
+    def spell(token: int) -> bytes:
+        return (piece(token) if token >= 0 else f"alternative {-token}").encode()
+
+    detokenizer = Detokenizer(piece, lambda ids: "".join(map(piece, ids)))
+    return FORMAT.stream(request, detokenizer, request.options.stop, spell=spell)
+
+
 def _release(wait: asyncio.Future[None]) -> None:
     if not wait.done():
         wait.set_result(None)
@@ -359,7 +383,7 @@ def _release(wait: asyncio.Future[None]) -> None:
 
 def describe(model_id: str) -> ModelInfo:
     """A model of this engine, which needs no files: it chats, completes, and takes images."""
-    able = frozenset({Capability.CHAT, Capability.COMPLETION, Capability.VISION})
+    able = frozenset({Capability.CHAT, Capability.COMPLETION, Capability.VISION, Capability.TOOLS})
     return ModelInfo(model_id, "", architecture="scripted", capabilities=able, context_length=1_000_000)
 
 

@@ -15,7 +15,8 @@ from transformers import GenerationConfig
 
 from serve_app.domain.errors import InvalidInput
 from serve_app.domain.generation import Delta, FinishReason, GenerationRequest, Message, Options
-from serve_app.engines.sampling import Picked, Sampler
+from serve_app.engines.reply import Picked
+from serve_app.engines.sampling import Sampler
 from serve_app.engines.transformers import TransformersEngine
 from tests.engine import tiny_models
 
