@@ -34,11 +34,10 @@ chat interfaces: its answers can be checked, they depend on the whole conversati
 |---|---|---|---|---|
 {rows}
 
-Anything else is answered with "I do not know." Accuracy is the share of exact answers under greedy decoding, on
-{short} and {long} prompts per skill made of items that training cannot have seen: other sums (in neither order), phrases
-and questions of other words, other ranges, other names, other personas. Only greetings are a closed list.
-Counting behind the history is measured up to
-{count_long} numbers, so that the answer fits into the context.
+Anything else is answered with "I do not know." Accuracy is the share of exact answers under greedy decoding, on {short}
+and {long} prompts per skill made of items that training cannot have seen: other sums (in neither order), phrases and
+questions of other words, other ranges, other names, other personas. Only greetings are a closed list. Counting behind
+the history is measured up to {count_long} numbers, so that the answer fits into the context.
 
 ## Use
 
