@@ -9,7 +9,6 @@ given up: slower, and right.
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +18,6 @@ from serve_app.domain.errors import InvalidInput
 from serve_app.engines.loading import Loaded
 from serve_app.engines.sampling import Sampler
 from serve_app.engines.worker import Job
-
-log = logging.getLogger(__name__)
 
 CANARY_TOKENS = 4
 CANARY_TOLERANCE = 0.05
@@ -36,7 +33,10 @@ class _State:
 
 
 class SoloDecoder:
-    """Implements :class:`serve_app.engines.worker.Decoder` for decoder-only and encoder-decoder models."""
+    """Implements :class:`serve_app.engines.worker.Decoder` for decoder-only and encoder-decoder models.
+
+    ``reason``: why the model gets no better one (:mod:`serve_app.engines.choice`).
+    """
 
     def __init__(self, loaded: Loaded) -> None:
         self._model = loaded.model
@@ -48,8 +48,15 @@ class SoloDecoder:
         takes = inspect.signature(loaded.model.forward).parameters
         self._prefill_extra = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self.cached = True
+        self.reason: str | None = None
         # Qwen-VL and its kin keep the positions of the last prompt's images on the model itself.
-        self.exclusive = any(hasattr(module, "rope_deltas") for module in loaded.model.modules())
+        self.places = 1 if any(hasattr(module, "rope_deltas") for module in loaded.model.modules()) else None
+
+    @property
+    def description(self) -> str:
+        way = "one request at a time" if self.places == 1 else "a pass per request"
+        why = f" ({self.reason})" if self.reason else ""
+        return f"{way}{'' if self.cached else ', no cache'}{why}"
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -61,17 +68,32 @@ class SoloDecoder:
     def release(self, job: Job) -> None:
         job.state = None
 
-    def start(self, job: Job) -> int:
-        """See :class:`Decoder`. Raises ``InvalidInput`` for ids that the model has no embedding for."""
-        ids = job.prompt.ids
+    def start(self, jobs: Sequence[Job]) -> list[int | Exception | None]:
+        """See :class:`Decoder`: the whole prompt of the oldest."""
+        first: int | Exception | None
+        try:
+            with torch.inference_mode():
+                first = self._read(jobs[0])
+        except Exception as fault:  # the border to the libraries: one job's fault is not the others'
+            first = fault
+        return [first, *[None] * (len(jobs) - 1)]
+
+    def _read(self, job: Job) -> int:
+        self.check_ids(job.prompt.ids)
+        tokens, arguments = self._first_arguments(job.prompt.ids, job.prompt.inputs)
+        sampler = self.sampler(job, tokens.shape[1])
+        logits, arguments = self._forward(tokens, arguments, first=True)
+        job.state = _State(sampler, arguments)
+        return sampler.pick(logits, tokens[0].tolist())
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raises ``InvalidInput`` for ids that the model has no embedding for."""
         if max(ids) >= self._vocabulary:
             raise InvalidInput("The prompt holds a token that the model does not know.")
-        with torch.inference_mode():
-            tokens, arguments = self._first_arguments(ids, job.prompt.inputs)
-            sampler = Sampler.of(job, self._defaults, tuple(self._ends), tokens.shape[1])
-            logits, arguments = self._forward(tokens, arguments, first=True)
-            job.state = _State(sampler, arguments)
-            return sampler.pick(logits, tokens[0].tolist())
+
+    def sampler(self, job: Job, read: int) -> Sampler:
+        """The sampler of a job whose decoder has ``read`` tokens before its first own one."""
+        return Sampler.of(job, self._defaults, tuple(self._ends), read)
 
     def advance(self, jobs: Sequence[Job]) -> list[int | Exception]:
         """See :class:`Decoder`; one forward pass for each job in turn."""
@@ -133,7 +155,7 @@ class SoloDecoder:
             chosen: list[int] = []
             for step in range(CANARY_TOKENS):
                 logits, arguments = self._forward(tokens, arguments, first=step == 0)
-                reference = self._reread(ids, chosen).float()
+                reference = self.reread(ids, chosen).float()
                 chosen.append(int(logits.argmax()))
                 # Two ways of rounding may choose either of two tokens that are as good as equally likely.
                 if reference.max() - reference[chosen[-1]] > CANARY_TOLERANCE * reference.std():
@@ -141,8 +163,12 @@ class SoloDecoder:
                 tokens = torch.tensor([chosen[-1:]], device=self._device)
         return True
 
-    def _reread(self, ids: Sequence[int], reply: Sequence[int]) -> torch.Tensor:
+    def reread(self, ids: Sequence[int], reply: Sequence[int]) -> torch.Tensor:
         """The logits after prompt and reply, from one pass over all of it that fills no cache."""
+        with torch.inference_mode():
+            return self._reread(ids, reply)
+
+    def _reread(self, ids: Sequence[int], reply: Sequence[int]) -> torch.Tensor:
         tokens, arguments = self._first_arguments(ids, {})
         following = torch.tensor([list(reply)], dtype=tokens.dtype, device=self._device)
         arguments["use_cache"] = False
@@ -163,12 +189,3 @@ def end_tokens(loaded: Loaded, vocabulary: int) -> frozenset[int]:
     listed = said if isinstance(said, (list, tuple)) else [said]
     found = {token for token in (*listed, loaded.tokenizer.eos_token_id) if type(token) is int}
     return frozenset(token for token in found if 0 <= token < vocabulary)
-
-
-def make(loaded: Loaded, canary: Sequence[int]) -> SoloDecoder:
-    """A decoder that has been tried on the ids ``canary``."""
-    decoder = SoloDecoder(loaded)
-    if not decoder.check(canary):
-        log.warning("%s: with its cache the model computes other tokens; the cache is given up", loaded.info.id)
-        decoder.cached = False
-    return decoder

@@ -145,6 +145,7 @@ def create(info: ModelInfo, options: EngineOptions, on_progress: Progress = no_p
         ModelUnsafe, CapabilityMissing, ModelLoadFailed, MemoryExceeded: see :func:`serve_app.engines.loading.load`.
     """
     from serve_app.engines import decoding
+    from serve_app.engines.choice import choose
     from serve_app.engines.loading import load
     from serve_app.engines.structured import Grammars
     from serve_app.engines.vocabulary import Vocabulary
@@ -157,17 +158,19 @@ def create(info: ModelInfo, options: EngineOptions, on_progress: Progress = no_p
     loaded = load(info, options, on_progress)
     info = loaded.info
     size = int(loaded.model.get_input_embeddings().weight.shape[0])
+    limit, budget = context_limit(info, options), kv_tokens(info, options)
     prompter = Prompter(
         loaded.tokenizer,
         loaded.processor,
-        context_limit(info, options),
+        limit or budget,
         _max_tokens(loaded, options),
         bool(loaded.model.config.is_encoder_decoder),
         Grammars(Vocabulary(loaded.tokenizer, size, decoding.end_tokens(loaded, size))),
     )
     on_progress("warmup", 0.0)
     try:
-        decoder = decoding.make(loaded, _canary(loaded.tokenizer, loaded.model))
+        ids = _canary(loaded.tokenizer, loaded.model)
+        decoder = choose(loaded, ids, options.max_concurrency, limit, budget)
     except Exception as fault:  # the border to the libraries
         log.exception("trying %s failed", info.id)
         raise translate(fault, "load") from None
@@ -176,8 +179,7 @@ def create(info: ModelInfo, options: EngineOptions, on_progress: Progress = no_p
         f"transformers on {loaded.device}",
         loaded.dtype if loaded.dtype == info.dtype else f"{loaded.dtype} (the checkpoint has {info.dtype})",
         f"{loaded.attention} attention",
-        "a pass per request" if decoder.cached else "no cache (with it the model computes other tokens)",
-        *(["one request at a time"] if decoder.exclusive else []),
+        decoder.description,
         prompter.style,
     ]
     return TransformersEngine(info, options, prompter, decoder, detokenizers(loaded.tokenizer), ", ".join(parts))

@@ -1,10 +1,11 @@
 """The thread in which a model computes: requests join and leave it between steps.
 
-It knows no torch. A :class:`Decoder` does the arithmetic: today one request after the other within a step
-(:mod:`serve_app.engines.decoding`), or all of them in one forward pass; the worker cannot tell.
+It knows no torch. A :class:`Decoder` does the arithmetic: all of them in one forward pass
+(:mod:`serve_app.engines.slots`), or one request after the other within a step (:mod:`serve_app.engines.decoding`);
+the worker cannot tell.
 
-One turn of the loop: drop who was cancelled, prefill *one* newcomer and send its first token at once, then one decode
-step for all, sent as one hand-over to the event loop.
+One turn of the loop: drop who was cancelled, admit newcomers, read on in their prompts and send first tokens at once,
+then one decode step for all that run, sent as one hand-over to the event loop.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ from serve_app.engines.reply import ReplyStream
 log = logging.getLogger(__name__)
 
 JOIN_S = 30.0
+MAX_BROKEN = 3
+"""Passes that fail whole, one after the other, before the engine calls itself unhealthy."""
 Outgoing = Item | RotundaError
 
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One request in the worker. ``state`` is the decoder's own. ``tokens`` are those of the reply."""
+    """One request in the worker. ``state`` is the decoder's own. ``tokens`` are those of the reply.
+    ``cached``: tokens of the prompt that the decoder need not read."""
 
     request: GenerationRequest
     prompt: Prompt
@@ -42,6 +46,7 @@ class Job:
     items: asyncio.Queue[Outgoing] = field(default_factory=asyncio.Queue)
     state: Any = None
     tokens: list[int] = field(default_factory=list)
+    cached: int = 0
     started: float = 0.0
     first: float = 0.0
     cancelled: bool = False
@@ -59,12 +64,18 @@ class Decoder(Protocol):
     """The arithmetic. All calls come from the worker's thread."""
 
     @property
-    def exclusive(self) -> bool:
-        """Whether the model keeps state of a request outside its cache, so that only one may run at a time."""
+    def description(self) -> str:
+        """How it computes, and why so."""
         ...
 
-    def start(self, job: Job) -> int:
-        """Read the prompt; the first token of the reply."""
+    @property
+    def places(self) -> int | None:
+        """Jobs that it can hold at once; None for any number."""
+        ...
+
+    def start(self, jobs: Sequence[Job]) -> Sequence[int | Exception | None]:
+        """Read on in the prompts of newcomers, oldest first, as far as suits those who run: each one's first token
+        once its prompt is read, None as long as it is not, or why it cannot be read."""
         ...
 
     def advance(self, jobs: Sequence[Job]) -> Sequence[int | Exception]:
@@ -94,20 +105,23 @@ class Worker:
     ) -> None:
         self._decoder = decoder
         self._ledger = ledger
-        self._max_running = 1 if decoder.exclusive else max_running
+        self._max_running = min(max_running, decoder.places or max_running)
         self._max_tokens = max_tokens
         self._stall_s = stall_s
         self._line: Line[Job] = Line()
+        self._reading: list[Job] = []
         self._running: list[Job] = []
         self._outbox: list[tuple[Job, Outgoing]] = []
         self._wake = threading.Condition()
         self._ending: Callable[[], RotundaError] | None = None
         self._busy_since: float | None = None
+        self._broken = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def __repr__(self) -> str:
-        return f"Worker({len(self._running)} running, {self._line!r}, ending={self._ending is not None})"
+        now = f"{len(self._running)} running, {len(self._reading)} reading"
+        return f"Worker({now}, {self._line!r}, ending={self._ending is not None})"
 
     # From the event loop ---------------------------------------------------------------------------------------------
 
@@ -132,6 +146,8 @@ class Worker:
         busy = self._busy_since
         if busy is not None and time.monotonic() - busy > self._stall_s:
             raise ProviderUnavailable("The model has stopped answering. Its replica will be replaced.")
+        if self._broken >= MAX_BROKEN:
+            raise ProviderUnavailable("The model fails again and again. Its replica will be replaced.")
 
     def close(self) -> None:
         """End every job with ``ProviderUnavailable`` and join the thread: blocks for a step at most."""
@@ -158,55 +174,70 @@ class Worker:
     def _wait(self) -> bool:
         with self._wake:
             self._busy_since = None
-            while not self._ending and not self._line and not self._running:
+            while not self._ending and not self._line and not self._held:
                 self._wake.wait()
             self._busy_since = time.monotonic()
             return self._ending is None
 
     def _turn(self) -> None:
-        for job in [job for job in self._running if job.cancelled]:
+        for job in [job for job in self._held if job.cancelled]:
             self._drop(job)
             self._ledger.leave("running", "cancelled")
-        if (newcomer := self._admit()) is not None:
-            self._start(newcomer)
+        while self._admit():
+            pass
+        if self._reading:
+            self._start(self._reading.copy())
             self._post()
         if self._running:
             self._advance(self._running.copy())
             self._post()
 
-    def _admit(self) -> Job | None:
-        """The first in the line, if there is room for it; nobody overtakes it."""
+    @property
+    def _held(self) -> list[Job]:
+        return [*self._running, *self._reading]
+
+    def _admit(self) -> bool:
+        """Let the first in the line in, if there is room for it; nobody overtakes it."""
         with self._wake:
-            job = self._line.first()
-            if job is None or len(self._running) >= self._max_running:
-                return None
-            if self._running and sum(other.room for other in self._running) + job.room > self._max_tokens:
-                return None
-            self._running.append(self._line.pop())
+            job, held = self._line.first(), self._held
+            if job is None or len(held) >= self._max_running:
+                return False
+            if held and sum(other.room for other in held) + job.room > self._max_tokens:
+                return False
+            self._reading.append(self._line.pop())
             self._ledger.start()
         job.started = time.monotonic()
-        return job
+        return True
 
-    def _start(self, job: Job) -> None:
-        try:
-            token = self._decoder.start(job)
-        except Exception as fault:  # the border to the libraries
-            self._fail(job, fault)
-            return
-        job.first = time.monotonic()
-        self._ledger.count(prompt_tokens=len(job.prompt.ids))
-        self._take(job, token)
-
-    def _advance(self, jobs: Sequence[Job]) -> None:
-        try:
-            tokens = self._decoder.advance(jobs)
-        except Exception as fault:  # the border to the libraries
-            tokens = [fault] * len(jobs)
-        for job, token in zip(jobs, tokens, strict=True):
+    def _start(self, jobs: Sequence[Job]) -> None:
+        for job, token in zip(jobs, self._computed(self._decoder.start, jobs), strict=True):
             if isinstance(token, Exception):
                 self._fail(job, token)
-            else:
+            elif token is not None:
+                job.first = time.monotonic()
+                self._ledger.count(prompt_tokens=len(job.prompt.ids))
+                self._reading.remove(job)
+                self._running.append(job)
                 self._take(job, token)
+
+    def _advance(self, jobs: Sequence[Job]) -> None:
+        for job, token in zip(jobs, self._computed(self._decoder.advance, jobs), strict=True):
+            if isinstance(token, Exception):
+                self._fail(job, token)
+            elif token is not None:
+                self._take(job, token)
+
+    def _computed(
+        self, compute: Callable[[Sequence[Job]], Sequence[int | Exception | None]], jobs: Sequence[Job]
+    ) -> Sequence[int | Exception | None]:
+        try:
+            tokens = compute(jobs)
+        except Exception as fault:  # the border to the libraries
+            self._broken += 1
+            return [fault] * len(jobs)
+        if any(isinstance(token, int) for token in tokens):
+            self._broken = 0
+        return tokens
 
     def _take(self, job: Job, token: int) -> None:
         """Turn a token into text, and see whether it was the last."""
@@ -232,7 +263,7 @@ class Worker:
             reason = FinishReason.STOP
         now = time.monotonic()
         timing = EngineTiming(job.started - job.arrived, job.first - job.started, now - job.first)
-        usage = Usage(len(job.prompt.ids), len(job.tokens))
+        usage = Usage(len(job.prompt.ids), len(job.tokens), job.cached)
         stop = job.stream.matched if job.stream.matched in job.request.options.stop else None
         self._drop(job)
         self._ledger.leave("running", "finished")
@@ -246,16 +277,17 @@ class Worker:
 
     def _drop(self, job: Job) -> None:
         self._decoder.release(job)
-        self._running.remove(job)
+        (self._running if job in self._running else self._reading).remove(job)
 
     def _end_all(self, error: Callable[[], RotundaError]) -> None:
         while self._line:
             self._ledger.leave("waiting", "failed")
             self._outbox.append((self._line.pop(), error()))
-        for job in self._running:
+        for job in self._held:
             self._ledger.leave("running", "cancelled" if job.cancelled else "failed")
             self._outbox.append((job, error()))
         self._running.clear()
+        self._reading.clear()
 
     def _post(self) -> None:
         """Hand everything over at once: one call into each event loop, however many jobs have something."""

@@ -25,18 +25,23 @@ class Puppet:
 
     def __init__(self, free: bool = True) -> None:
         self.calls: list[str] = []
-        self.exclusive = False
+        self.places: int | None = None
+        self.description = "played by hand"
         self.gate = threading.Semaphore(10**6 if free else 0)
         self.faults: dict[str, Exception] = {}
         self.end_at: int | None = None
         self.broken: Exception | None = None
+        self.parts: dict[str, int] = {}  # turns that a prompt takes to read
 
-    def start(self, job: Job) -> int:
+    def start(self, jobs: Sequence[Job]) -> list[int | Exception | None]:
         self.gate.acquire()
-        self.calls.append(f"start {job.request.request_id}")
-        if fault := self.faults.get(f"start {job.request.request_id}"):
-            raise fault
-        return 0
+        name = jobs[0].request.request_id
+        self.calls.append(f"start {name}")
+        if self.broken:
+            raise self.broken
+        self.parts[name] = self.parts.get(name, 1) - 1
+        first = None if self.parts[name] else self.faults.get(f"start {name}", 0)
+        return [first, *[None] * (len(jobs) - 1)]
 
     def advance(self, jobs: Sequence[Job]) -> list[int | Exception]:
         self.gate.acquire()
@@ -164,7 +169,7 @@ async def test_priority_goes_first_into_a_free_place() -> None:
 
 async def test_a_decoder_that_serves_one_at_a_time_gets_one_at_a_time() -> None:
     puppet = Puppet()
-    puppet.exclusive = True
+    puppet.places = 1
     bench = Bench(puppet)
     jobs = [bench.submit(job_of(name, 2)) for name in "ab"]
     await asyncio.gather(*(read(job) for job in jobs))

@@ -1,0 +1,88 @@
+"""The trial of the slot loop at load: a small traffic of its own, held against the whole text read anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from serve_app.engines.slots import Seat, SlotLoop
+
+Reread = Callable[[Sequence[int], Sequence[int]], torch.Tensor]
+"""Prompt and reply to the logits ``[vocabulary]`` after them, computed without any cache."""
+
+TOLERANCE = 0.05
+"""Of the logits' standard deviation: far above rounding, far below what another context makes of them."""
+LONGEST = 320
+CHUNK = 7
+
+
+class Canary:
+    """Runs seats by hand; ``wrong`` once something differs from the reference."""
+
+    def __init__(self, loop: SlotLoop, reread: Reread) -> None:
+        self._loop = loop
+        self._reread = reread
+        self._prompts: dict[Seat, list[int]] = {}
+        self._replies: dict[Seat, list[int]] = {}
+        self.wrong = False
+
+    def sit(self, prompt: Sequence[int]) -> Seat:
+        seat = Seat(list(prompt), len(prompt) + 8)
+        self._loop.sit(seat)
+        self._prompts[seat], self._replies[seat] = list(prompt), []
+        return seat
+
+    def read(self, *seats: Seat, most: int = LONGEST) -> None:
+        logits = self._loop.read(seats, most)
+        while any(seat.left for seat in seats):
+            logits = self._loop.read(seats, most)
+        self._take(seats, logits, check=True)
+
+    def step(self, *seats: Seat, check: bool = False) -> None:
+        logits = self._loop.step(seats, [self._replies[seat][-1] for seat in seats])
+        self._take(seats, logits, check)
+
+    def leave(self, seat: Seat) -> list[int]:
+        """All that it read, its newest token included."""
+        self._loop.leave(seat)
+        return self._prompts[seat] + self._replies[seat]
+
+    def _take(self, seats: Sequence[Seat], logits: torch.Tensor, check: bool) -> None:
+        for seat, row in zip(seats, logits.float(), strict=True):
+            if check:
+                self._compare(row, self._reread(self._prompts[seat], self._replies[seat]).float())
+            self._replies[seat].append(int(row.argmax()))
+
+    def _compare(self, found: torch.Tensor, expected: torch.Tensor) -> None:
+        bound = TOLERANCE * expected.std()
+        behind = expected.max() - expected[int(found.argmax())]
+        away = (found - expected).abs().mean()
+        self.wrong |= not bool(behind <= bound and away <= bound)
+
+
+def passes(loop: SlotLoop, reread: Reread, ids: Sequence[int]) -> bool:
+    """Whether prompts of different lengths that join, leave and reuse what others read get the logits they should.
+
+    Args:
+        ids: of some text.
+    """
+    windows = [window for window in loop.windows if window < LONGEST - 8]
+    longest = min(max([4 * len(ids), *(window + 8 for window in windows)]), LONGEST, loop.limit // 2)
+    text = (list(ids) * (longest // len(ids) + 1))[: max(2, longest)]
+    canary = Canary(loop, reread)
+    first = canary.sit(text)
+    canary.read(first, most=CHUNK)  # in pieces
+    canary.step(first)
+    second, third = canary.sit(text[::-1][: max(1, len(ids) // 2)]), canary.sit([*text[:-2], text[0]])
+    canary.read(second, third)  # of different lengths; one with a prefix copied from a running neighbour
+    canary.step(first, second, third, check=True)
+    conversation = canary.leave(first)
+    canary.step(second, third)
+    fourth, fifth = canary.sit([*conversation, *ids][: loop.limit - 8]), canary.sit(text[1:])
+    canary.read(fourth, fifth)  # one in the row of the one that left
+    canary.step(second, third, fourth, fifth, check=True)
+    for seat in (second, third, fourth, fifth):
+        canary.leave(seat)
+    loop.reset()
+    return not canary.wrong
