@@ -13,22 +13,24 @@ from serve_app.domain.catalog import LOCAL_PROVIDER, ModelState
 from serve_app.domain.eviction import Policy
 from serve_app.domain.placement import Node, Resources
 from serve_app.domain.rotation import Rotation
+from serve_app.domain.rotation_effects import (
+    Grant,
+    Load,
+    Refuse,
+    Retire,
+    Revoke,
+)
 from serve_app.domain.rotation_events import (
     Acknowledged,
     CapacityChanged,
     Event,
     Gone,
-    Grant,
     Heartbeat,
     LeaseReleased,
     Limits,
-    Load,
     Model,
-    Refuse,
     Registered,
     Request,
-    Retire,
-    Revoke,
     Tick,
 )
 

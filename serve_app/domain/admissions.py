@@ -12,7 +12,8 @@ from serve_app.domain.loads import Loads
 from serve_app.domain.planning import eta_s, obstacle, overdrawn, room_for
 from serve_app.domain.queue import Ticket
 from serve_app.domain.residency import Pending, Resident, Row
-from serve_app.domain.rotation_events import Grant, Notify, Refuse, Request
+from serve_app.domain.rotation_effects import Grant, Notify, Refuse
+from serve_app.domain.rotation_events import Request
 from serve_app.domain.rotation_state import State
 from serve_app.domain.routing import Lease
 

@@ -7,7 +7,8 @@ every holder has acknowledged or its lease has surely ended.
 from __future__ import annotations
 
 from serve_app.domain.residency import Resident, Retirement
-from serve_app.domain.rotation_events import Acknowledged, Extend, LeaseReleased, LeaseRenewed, Retire, Revoke
+from serve_app.domain.rotation_effects import Extend, Retire, Revoke
+from serve_app.domain.rotation_events import Acknowledged, LeaseReleased, LeaseRenewed
 from serve_app.domain.rotation_state import State
 from serve_app.domain.routing import Lease
 
@@ -83,6 +84,10 @@ class Departures:
         if event.uses > 0 and event.model in state.residency.rows:
             state.popularity.arrived(event.model, event.uses)
             state.note("used", event.model, f"calls of {event.holder} under its lease", times=event.uses)
+        row = state.residency.rows.get(event.model)
+        if row is not None and not row.model.resides:
+            state.emit(Extend(event.holder, Lease(event.model, state.epoch, state.limits.lease_ttl_s)))
+            return
         if resident is None or not resident.ready:
             self._deny(event, resident)
             return

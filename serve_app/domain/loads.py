@@ -10,7 +10,8 @@ from serve_app.domain.errors import DeadlineExceeded, ModelLoadFailed
 from serve_app.domain.placement import Resources
 from serve_app.domain.planning import room_for, starts_now
 from serve_app.domain.residency import Failure, Pending, Resident, Retirement, Slot, is_loaded
-from serve_app.domain.rotation_events import Allow, Gone, Heartbeat, Load, Log, Model, ScaleOut
+from serve_app.domain.rotation_effects import Allow, Load, Log
+from serve_app.domain.rotation_events import Gone, Heartbeat, Model, ScaleOut
 from serve_app.domain.rotation_state import State
 
 
@@ -100,27 +101,31 @@ class Loads:
             text = f"{name} could not be loaded: its process ended."
             self.failed(name, ModelLoadFailed(text, retryable=True).to_dict())
 
-    def overdue(self) -> list[str]:
-        """Give up loads that take too long; returns their models. Drop replicas that fell silent."""
+    def check(self, resident: Resident) -> None:
+        """Give up a load that takes too long; drop replicas that fell silent."""
         state, limits = self._state, self._state.limits
-        late = []
-        for resident in list(state.residency.residents.values()):
-            if resident.loading and state.now - resident.since >= limits.load_timeout_s:
-                error = DeadlineExceeded.during("load", limits.load_timeout_s).to_dict()
-                self.failed(resident.name, {**error, "retryable": True})
-                late.append(resident.name)
-            if limits.silence_s is None:
-                continue
-            silent = [s for s in resident.slots if s.replica and state.now - s.heard_at > limits.silence_s]
+        if resident.loading and state.now - resident.since >= limits.load_timeout_s:
+            error = DeadlineExceeded.during("load", limits.load_timeout_s).to_dict()
+            self.failed(resident.name, {**error, "retryable": True})
+        if limits.silence_s is not None:
+            silent = [slot for slot in resident.slots if slot.replica and state.now - slot.heard_at > limits.silence_s]
             self.drop(resident, silent)
-        return late
+
+    def allowed(self, model: str) -> int:
+        """How many replicas the model may have right now."""
+        resident = self._state.residency.residents.get(model)
+        if resident is None or (resident.retirement is not None and resident.retirement.sent):
+            return 0
+        return max(1, len(resident.slots))
 
     def scale(self, event: ScaleOut) -> None:
         """Allow as many replicas as fit now, unless a load waits for the same nodes."""
         state = self._state
         resident = state.residency.residents.get(event.model)
-        if resident is None or not resident.ready:
-            state.emit(Allow(event.model, 0, "the model is not in memory"))
+        if resident is None or not resident.ready or state.waits_for_news:
+            state.emit(
+                Allow(event.model, self.allowed(event.model), "the model is not in memory, or was just found there")
+            )
             return
         row = state.residency.rows[event.model]
         reason = "it fits"

@@ -136,7 +136,7 @@ def overdrawn(state: State, pending: Pending) -> bool:
 def obstacle(state: State, name: str) -> RotundaError | None:
     """The error that a request for the model ends with now; None when it can be granted or wait."""
     row = state.residency.rows.get(name)
-    if row is None:
+    if row is None or row.removed:
         return ModelNotFound(f"There is no model called {name!r} in the pool.")
     provider = row.model.pool
     if provider in state.down:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from serve_app.domain.generation import Priority
-from serve_app.domain.rotation_events import Notify, Request
+from serve_app.domain.rotation_effects import Notify
+from serve_app.domain.rotation_events import Request
 
 Rank = tuple[int, int, float, float, int]
 Caller = tuple[Priority, str]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from serve_app.domain.catalog import RESIDENT, ModelState
 from serve_app.domain.placement import NOTHING, Node, Resources
@@ -34,6 +35,8 @@ class Row:
     failure: Failure | None = None
     last_used: float = 0.0
     measured: float = 0
+    removed: bool = False
+    """It leaves the pool as soon as its replicas are gone."""
 
     @classmethod
     def of(cls, model: Model) -> Row:
@@ -45,6 +48,25 @@ class Row:
         before, declared = self.demand, self.model.demand
         self.demand = Resources(declared.cpu, declared.gpu, max(declared.memory, self.measured))
         return self.demand != before
+
+    def learned(self) -> dict[str, Any]:
+        """What a later router should know, as JSON values; :meth:`recall` reads it back."""
+        failure = asdict(self.failure) if self.failure else None
+        return {
+            "revision": self.model.revision,
+            "pinned": self.pinned,
+            "measured": self.measured,
+            "reloadS": self.reload_s,
+            "failure": failure,
+        }
+
+    def recall(self, learned: Mapping[str, Any]) -> None:
+        """Take over what an earlier router had learned; sizes and failures only of the same revision."""
+        self.pinned = bool(learned["pinned"])
+        if learned["revision"] == self.model.revision:
+            self.measure(learned["measured"])
+            self.reload_s = learned["reloadS"]
+            self.failure = Failure(**learned["failure"]) if learned["failure"] else None
 
     def loaded_in(self, seconds: float) -> None:
         self.reload_s += RELOAD_WEIGHT * (seconds - self.reload_s)
@@ -169,6 +191,7 @@ class Residency:
                 row.pinned = model.pinned
             row.model = model
             row.measure(row.measured)
+        row.removed = False
         self.changed()
         return row
 

@@ -21,12 +21,11 @@ from serve_app.domain.placement import NOTHING, Resources
 from serve_app.domain.planning import Plan, evictables, obstacle, plan
 from serve_app.domain.pressure import Level, Pressure
 from serve_app.domain.residency import Row
+from serve_app.domain.rotation_effects import Decision, Effect, Log, Notify
 from serve_app.domain.rotation_events import (
     Acknowledged,
     Cancel,
     CapacityChanged,
-    Decision,
-    Effect,
     EmergencyCleanup,
     Event,
     Gone,
@@ -35,12 +34,11 @@ from serve_app.domain.rotation_events import (
     LeaseRenewed,
     Limits,
     LoadFailed,
-    Log,
     MemoryMeasured,
-    Notify,
     Pin,
     ProviderDown,
     ProviderUp,
+    Recalled,
     Registered,
     Request,
     Retuned,
@@ -72,17 +70,16 @@ class Rotation:
         self._loads = Loads(self._state, self._departures)
         self._admissions = Admissions(self._state, self._departures, self._loads)
         self._starting = True
-        self._removed: set[str] = set()
-        """Models that leave the pool as soon as their replicas are gone."""
         self._hear: Mapping[type[Any], Callable[[Any], None]] = {
             Registered: self._registered,
             Unregistered: self._unregistered,
+            Recalled: self._recalled,
             CapacityChanged: self._capacity_changed,
             Request: self._admissions.request,
             Cancel: lambda event: self._admissions.cancel(event.ticket),
             Heartbeat: self._heartbeat,
             LoadFailed: self._load_failed,
-            Gone: self._loads.gone,
+            Gone: self._gone,
             LeaseRenewed: self._departures.renewed,
             Acknowledged: self._departures.acknowledged,
             LeaseReleased: self._departures.released,
@@ -152,17 +149,16 @@ class Rotation:
 
     def granted(self, model: str) -> int:
         """How many replicas the model may have right now: the figure that answers every heartbeat."""
-        resident = self._state.residency.residents.get(model)
-        if resident is None:
-            return 0
-        if resident.retirement is not None:
-            return 0 if resident.retirement.sent else len(resident.slots)
-        return max(1, len(resident.slots))
+        return self._loads.allowed(model)
 
     def waiting(self, ticket: str) -> Notify | None:
         """What a waiting request was told last; None when it does not wait."""
         waiting = self._state.line.tickets.get(ticket)
         return waiting.told if waiting else None
+
+    def learned(self, model: str) -> dict[str, Any]:
+        """What of a model should outlive this router; a later one hears it as :class:`Recalled`."""
+        return self._row(model).learned()
 
     @property
     def history(self) -> tuple[Decision, ...]:
@@ -198,6 +194,12 @@ class Rotation:
         self._state.residency.add(event.model)
         self._state.stir()
 
+    def _recalled(self, event: Recalled) -> None:
+        row = self._state.residency.rows.get(event.model)
+        if row is not None:
+            row.recall(event.learned)
+            self._state.stir()
+
     def _unregistered(self, event: Unregistered) -> None:
         state = self._state
         if event.model not in state.residency.rows:
@@ -206,7 +208,8 @@ class Rotation:
         resident = state.residency.residents.get(event.model)
         if resident is not None and not resident.leaving:
             self._departures.begin(resident, event.reason, drain=True)
-        self._removed.add(event.model)
+        state.residency.rows[event.model].removed = True
+        self._forget_removed(event.model)
 
     def _capacity_changed(self, event: CapacityChanged) -> None:
         residency = self._state.residency
@@ -215,8 +218,13 @@ class Rotation:
         residency.nodes = kept | {node.name: node for node in event.nodes}
         for resident in list(residency.residents.values()):
             self._loads.drop(resident, [slot for slot in resident.slots if slot.node in lost])
+            self._forget_removed(resident.name)
         residency.pending = {name: load for name, load in residency.pending.items() if load.node not in lost}
         self._state.stir()
+
+    def _gone(self, event: Gone) -> None:
+        self._loads.gone(event)
+        self._forget_removed(event.model)
 
     def _heartbeat(self, event: Heartbeat) -> None:
         if self._loads.heard(event):
@@ -282,7 +290,9 @@ class Rotation:
     def _ticked(self, event: Tick) -> None:
         state = self._state
         state.stirred = True
-        self._loads.overdue()
+        for resident in list(state.residency.residents.values()):
+            self._loads.check(resident)
+            self._forget_removed(resident.name)
         self._admissions.time_out()
         for resident in list(state.residency.residents.values()):
             row = state.residency.rows[resident.name]
@@ -335,18 +345,15 @@ class Rotation:
                 self._admissions.schedule()
                 self._departures.keep_unwanted()
                 self._departures.settle()
-            self._forget_removed()
             if not told:
                 return
         self._admissions.tell()
 
-    def _forget_removed(self) -> None:
-        for model in sorted(self._removed - self._state.residency.residents.keys()):
-            self._removed.discard(model)
-            self._forget(model)
-
-    def _forget(self, model: str) -> None:
-        del self._state.residency.rows[model]
-        self._state.popularity.forget(model)
-        self._state.note("removed", model, "it left the pool")
-        self._state.stir()
+    def _forget_removed(self, model: str) -> None:
+        """Drop a model that was removed from the pool, once nothing of it is in memory."""
+        residency, row = self._state.residency, self._state.residency.rows.get(model)
+        if row is not None and row.removed and model not in residency.residents:
+            del residency.rows[model]
+            self._state.popularity.forget(model)
+            self._state.note("removed", model, "it left the pool")
+            self._state.stir()

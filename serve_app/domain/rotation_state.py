@@ -10,7 +10,8 @@ from serve_app.domain.popularity import Popularity
 from serve_app.domain.pressure import Pressure
 from serve_app.domain.queue import Line
 from serve_app.domain.residency import Residency
-from serve_app.domain.rotation_events import Decision, Effect, Limits
+from serve_app.domain.rotation_effects import Decision, Effect
+from serve_app.domain.rotation_events import Limits
 
 EPOCH_BITS = 32
 """An epoch is the router's generation followed by a counter of so many bits: a later router's are always greater."""

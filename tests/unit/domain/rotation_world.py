@@ -10,27 +10,29 @@ from serve_app.domain.errors import ModelLoadFailed
 from serve_app.domain.eviction import COST_AWARE, Policy
 from serve_app.domain.placement import NOTHING, Node, Resources
 from serve_app.domain.rotation import Rotation
+from serve_app.domain.rotation_effects import (
+    Effect,
+    Extend,
+    Grant,
+    Load,
+    Refuse,
+    Retire,
+    Revoke,
+)
 from serve_app.domain.rotation_events import (
     Acknowledged,
     Cancel,
     CapacityChanged,
-    Effect,
     Event,
-    Extend,
     Gone,
-    Grant,
     Heartbeat,
     LeaseReleased,
     LeaseRenewed,
     Limits,
-    Load,
     LoadFailed,
     Model,
-    Refuse,
     Registered,
     Request,
-    Retire,
-    Revoke,
     Tick,
 )
 

@@ -4,16 +4,8 @@ from dataclasses import replace
 
 from serve_app.domain.catalog import LOCAL_PROVIDER, ModelState
 from serve_app.domain.placement import Node, Resources
-from serve_app.domain.rotation_events import (
-    Acknowledged,
-    CapacityChanged,
-    Extend,
-    Heartbeat,
-    LeaseRenewed,
-    Load,
-    Retire,
-    Revoke,
-)
+from serve_app.domain.rotation_effects import Extend, Load, Retire, Revoke
+from serve_app.domain.rotation_events import Acknowledged, CapacityChanged, Heartbeat, LeaseRenewed
 from tests.unit.domain.rotation_world import GIB, QUICK, Replica, World, model
 
 

@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from serve_app.domain.generation import Priority
-from serve_app.domain.rotation_events import Grant, Load, Notify, Refuse, Request, Retuned
+from serve_app.domain.rotation_effects import Grant, Load, Notify, Refuse
+from serve_app.domain.rotation_events import Request, Retuned
 from tests.unit.domain.rotation_world import QUICK, World, model
 
 ONE_AT_A_TIME = replace(QUICK, max_parallel_loads=1)

@@ -1,5 +1,6 @@
 """Where models go, who leaves, and what never happens: one test per rule."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,23 +10,28 @@ from serve_app.domain.errors import InvalidConfig, ModelNotFound
 from serve_app.domain.eviction import LRU
 from serve_app.domain.placement import Node, Resources
 from serve_app.domain.planning import Verdict
-from serve_app.domain.rotation_events import (
+from serve_app.domain.rotation_effects import (
     Allow,
+    Extend,
+    Grant,
+    Load,
+    Log,
+    Refuse,
+    Retire,
+)
+from serve_app.domain.rotation_events import (
     CapacityChanged,
     EmergencyCleanup,
     Gone,
-    Grant,
     Heartbeat,
+    LeaseRenewed,
     Limits,
-    Load,
-    Log,
     MemoryMeasured,
     Pin,
     ProviderDown,
     ProviderUp,
-    Refuse,
+    Recalled,
     Registered,
-    Retire,
     ScaleOut,
     Unload,
     Unregistered,
@@ -396,3 +402,32 @@ def test_every_decision_is_in_the_history_with_its_reason() -> None:
     assert all(decision.reason for decision in world.rotation.history)
     load = next(decision for decision in world.rotation.history if decision.action == "load")
     assert load.victims == ("A",) and load.to_json()["reason"] == "evicting A"
+
+
+def test_a_model_that_is_removed_and_comes_back_is_as_new() -> None:
+    world = with_idle(World([model("A")], sizes=(1,)), "A")
+    world.tell(Unregistered("A"))
+    assert isinstance(world.ask("t1", "A")[0], Refuse)
+    world.tell(Registered(model("A")))
+    world.ask("t2", "A")
+    world.settle()
+    assert world.granted("t2") and loads(world) == ["A", "A"]
+
+
+def test_what_was_learned_outlives_the_router() -> None:
+    world = with_idle(World([model("A", revision="1"), model("B")], sizes=(4,)), "A")
+    world.beat("A", memory=2 * GIB)
+    world.tell(Pin("A"))
+    world.ask("t1", "B")
+    world.fails("B", retryable=False)
+    later = World([model("A", revision="1"), model("B")], sizes=(4,))
+    for name in "AB":
+        later.tell(Recalled(name, json.loads(json.dumps(world.rotation.learned(name)))))
+    assert later.rotation.pinned("A") and later.rotation.plan("A").demand.memory == 2 * GIB
+    assert later.rotation.state_of("B") == (ModelState.FAILED, "B broke")
+
+
+def test_a_lease_on_a_model_that_holds_no_memory_here_goes_on() -> None:
+    world = World([replace(model("far/X"), resides=False, pool="far")], sizes=(1,))
+    [extend] = world.tell(LeaseRenewed("i1", "far/X"))
+    assert isinstance(extend, Extend)

@@ -59,7 +59,7 @@ def test_requests_that_arrive_together_share_their_loads() -> None:
 def test_a_plan_is_quick_and_an_idle_model_is_cheap() -> None:
     figures = footprint(1000)
     assert figures["bytesPerIdleModel"] < 10_000
-    assert figures["planMs"]["p50"] < 5  # 1 ms is the target; a loaded machine may be slower
+    assert figures["planMs"]["cpuP50"] < 1
 
 
 def test_no_policy_beats_the_bound_for_unequal_sizes() -> None:
