@@ -1,4 +1,4 @@
-"""What :class:`~serve_app.domain.rotation.Rotation` knows of models, its settings, and the events it hears. Plain values.
+"""The models, settings and events of :class:`~serve_app.domain.rotation.Rotation`. Plain values.
 
 Models are named by their full name (``provider/id``). Times are seconds on the clock that the caller passes in with
 every event; sizes are bytes.

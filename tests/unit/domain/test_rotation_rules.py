@@ -431,3 +431,13 @@ def test_a_lease_on_a_model_that_holds_no_memory_here_goes_on() -> None:
     world = World([replace(model("far/X"), resides=False, pool="far")], sizes=(1,))
     [extend] = world.tell(LeaseRenewed("i1", "far/X"))
     assert isinstance(extend, Extend)
+
+
+def test_a_load_that_was_decided_waits_while_memory_is_critical() -> None:
+    world = with_idle(World([model("A"), model("B")], sizes=(1,)), "A")
+    world.ask("t1", "B")
+    world.tell(MemoryMeasured("n0", 99, 100))
+    world.settle()
+    assert loads(world) == ["A"] and world.waiting() == {"t1"}
+    world.tell(MemoryMeasured("n0", 50, 100))
+    assert loads(world) == ["A", "B"]
