@@ -1,10 +1,12 @@
-"""OpenAI's protocol: ``/v1/models`` and ``/v1/chat/completions``. Nothing is stored; leaving cancels."""
+"""OpenAI's protocol: ``/v1/models``, ``/v1/chat/completions``, ``/v1/completions``. Nothing is stored; leaving cancels.
+
+Several choices are several generations at once, which share their prompt. When one of them fails the answer fails.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -18,13 +20,16 @@ from serve_app.api.body import json_body
 from serve_app.api.context import caller_of, trace_of
 from serve_app.api.errors import openai_json
 from serve_app.api.models import find_model
-from serve_app.api.openai_request import Chat, read_chat
+from serve_app.api.openai_choices import Numbered, together
+from serve_app.api.openai_request import Order, in_snake_case, named_as_here, read_chat
+from serve_app.api.openai_shape import ChatShape, Shape, head, total, usage_json
+from serve_app.api.openai_text import TextShape, read_completion
 from serve_app.api.services import Services
 from serve_app.api.sse import EventStream, encode_json, until_disconnect
-from serve_app.domain.errors import Internal, RotundaError
+from serve_app.domain.errors import Internal, InvalidInput, RotundaError
 from serve_app.domain.fleet import ModelStatus
-from serve_app.domain.generation import Delta, Usage
-from serve_app.gateway import Completed, Routed, Step
+from serve_app.domain.generation import Delta, Finish, Usage
+from serve_app.gateway import Completed, Routed
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +37,11 @@ OPENING_S = 2.0
 """How long the answer's status waits for the model's first word; then headers go out, before clients try again."""
 DONE = b"data: [DONE]\n\n"
 
+Choices = AsyncGenerator[Numbered, None]
+
 
 class Completions:
-    """Chat completions over one ingress's services."""
+    """Completions over one ingress's services."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -42,14 +49,25 @@ class Completions:
 
     async def chat(self, request: Request) -> Response:
         """``POST /v1/chat/completions``, streamed or whole."""
-        value = await json_body(request)
-        caller = caller_of(request) or ANONYMOUS
-        chat = await read_chat(value, self._services.intake, caller, trace_of(request.scope))
-        steps = self._services.gateway.reply(chat.ask, chat.request)
-        if not chat.stream:
-            return JSONResponse(await _unless_disconnected(request, _whole(chat, steps)))
-        opening = await _opening(steps)
-        return EventStream(_chunks(chat, opening, steps, trace_of(request.scope).trace_id), self._heartbeat_s)
+        value, caller = await json_body(request), caller_of(request) or ANONYMOUS
+        order = await read_chat(value, self._services.intake, caller, trace_of(request.scope))
+        return await self._answer(request, order, ChatShape())
+
+    async def text(self, request: Request) -> Response:
+        """``POST /v1/completions``, streamed or whole."""
+        value, caller = await json_body(request), caller_of(request) or ANONYMOUS
+        order = read_completion(value, caller, trace_of(request.scope))
+        return await self._answer(request, order, TextShape())
+
+    async def _answer(self, request: Request, order: Order, shape: Shape) -> Response:
+        gateway = self._services.gateway
+        choices = together([gateway.reply(order.ask(wanted), wanted) for wanted in order.requests])
+        with named_as_here():
+            if not order.stream:
+                return JSONResponse(await _unless_disconnected(request, _whole(order, shape, choices)))
+            opening = await _opening(choices)
+        trace_id = trace_of(request.scope).trace_id
+        return EventStream(_chunks(order, shape, opening, choices, trace_id), self._heartbeat_s)
 
 
 async def _unless_disconnected(request: Request, answer: Any) -> Any:
@@ -68,48 +86,25 @@ async def _unless_disconnected(request: Request, answer: Any) -> Any:
         await asyncio.gather(work, gone, return_exceptions=True)
 
 
-async def _whole(chat: Chat, steps: AsyncGenerator[Step, None]) -> dict[str, Any]:
-    texts: list[str] = []
-    completed: Completed | None = None
-    async with aclosing(steps):
-        async for step in steps:
+async def _whole(order: Order, shape: Shape, choices: Choices) -> dict[str, Any]:
+    count = len(order.requests)
+    deltas: list[list[Delta]] = [[] for _ in range(count)]
+    finishes: dict[int, Finish] = {}
+    async with aclosing(choices):
+        async for index, step in choices:
             if isinstance(step, Delta):
-                texts.append(step.text)
+                deltas[index].append(step)
             elif isinstance(step, Completed):
-                completed = step
-    assert completed is not None
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": "".join(texts), "refusal": None},
-        "logprobs": None,
-        "finish_reason": completed.finish.reason.value,
-    }
-    return {**_head(chat, "chat.completion"), "choices": [choice], "usage": usage_json(completed.finish.usage)}
+                finishes[index] = step.finish
+    made = [shape.whole(index, Delta.joined(deltas[index]), finishes[index]) for index in range(count)]
+    usage = total([finishes[index].usage for index in range(count)], order.choices)
+    return {**head(order, shape, shape.whole_kind), "choices": made, "usage": usage_json(usage)}
 
 
-def _head(chat: Chat, kind: str) -> dict[str, Any]:
-    return {
-        "id": f"chatcmpl-{chat.request.request_id}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": chat.model,
-        "system_fingerprint": None,
-    }
-
-
-def usage_json(usage: Usage) -> dict[str, Any]:
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.total_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-    }
-
-
-async def _opening(steps: AsyncGenerator[Step, None]) -> asyncio.Task[Step]:
+async def _opening(choices: Choices) -> asyncio.Task[Numbered]:
     """Wait until the status is known: the first step after the route, its failure (raised here), or too long a time."""
     loop = asyncio.get_running_loop()
-    first = loop.create_task(_first_word(steps))
+    first = loop.create_task(_first_word(choices))
     try:
         await asyncio.wait((first,), timeout=OPENING_S)
         if first.done():
@@ -117,33 +112,42 @@ async def _opening(steps: AsyncGenerator[Step, None]) -> asyncio.Task[Step]:
     except BaseException:
         async with _ended(first):
             pass
-        await steps.aclose()
+        await choices.aclose()
         raise
     return first
 
 
-async def _first_word(steps: AsyncGenerator[Step, None]) -> Step:
+async def _first_word(choices: Choices) -> Numbered:
     """A model that waits or loads says so at once; a resident one accepts or refuses the prompt."""
-    while isinstance(step := await anext(steps), Routed):
+    while isinstance((numbered := await anext(choices))[1], Routed):
         pass
-    return step
+    return numbered
 
 
 async def _chunks(
-    chat: Chat, opening: asyncio.Task[Step], steps: AsyncGenerator[Step, None], trace_id: str
+    order: Order, shape: Shape, opening: asyncio.Task[Numbered], choices: Choices, trace_id: str
 ) -> AsyncGenerator[bytes, None]:
     """The chunks of a streamed answer. It always ends with ``[DONE]``, after an error too."""
-    head = _head(chat, "chat.completion.chunk")
-    if chat.include_usage:
-        head["usage"] = None
+    begin = head(order, shape, shape.chunk_kind)
+    if order.include_usage:
+        begin["usage"] = None
+    usages: dict[int, Usage] = {}
     try:
-        async with aclosing(steps), _ended(opening):
-            yield _data({**head, "choices": [_choice({"role": "assistant", "content": ""})]})
-            async for step in _from(opening, steps):
-                for payload in _payloads(step, head, chat.include_usage):
-                    yield _data(payload)
+        async with aclosing(choices), _ended(opening):
+            for index in range(len(order.requests)):
+                if (first := shape.first(index)) is not None:
+                    yield _data({**begin, "choices": [first]})
+            async for index, step in _from(opening, choices):
+                if isinstance(step, Delta) and (chunk := shape.chunk(index, step)) is not None:
+                    yield _data({**begin, "choices": [chunk]})
+                elif isinstance(step, Completed):
+                    usages[index] = step.finish.usage
+                    yield _data({**begin, "choices": [shape.last(index, step.finish)]})
+        if order.include_usage:
+            usage = total([usages[index] for index in sorted(usages)], order.choices)
+            yield _data({**begin, "choices": [], "usage": usage_json(usage)})
     except RotundaError as error:
-        yield _data(openai_json(error))
+        yield _data(openai_json(in_snake_case(error) if isinstance(error, InvalidInput) else error))
     except Exception:
         logger.exception("a completion failed (trace %s)", trace_id)
         yield _data(openai_json(Internal.masked()))
@@ -160,25 +164,10 @@ async def _ended(task: asyncio.Task[Any]) -> AsyncIterator[None]:
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def _from(opening: asyncio.Task[Step], steps: AsyncGenerator[Step, None]) -> AsyncGenerator[Step, None]:
+async def _from(opening: asyncio.Task[Numbered], choices: Choices) -> Choices:
     yield await opening
-    async for step in steps:
-        yield step
-
-
-def _payloads(step: Step, head: Mapping[str, Any], include_usage: bool) -> list[dict[str, Any]]:
-    if isinstance(step, Delta):
-        return [{**head, "choices": [_choice({"content": step.text})]}]
-    if not isinstance(step, Completed):
-        return []
-    last = {**head, "choices": [_choice({}, step.finish.reason.value)]}
-    if not include_usage:
-        return [last]
-    return [last, {**head, "choices": [], "usage": usage_json(step.finish.usage)}]
-
-
-def _choice(delta: Mapping[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-    return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    async for numbered in choices:
+        yield numbered
 
 
 def _data(payload: Mapping[str, Any]) -> bytes:
@@ -190,7 +179,7 @@ def _model_json(status: ModelStatus) -> dict[str, Any]:
 
 
 def openai_router(services: Services) -> APIRouter:
-    """``/v1/models`` and ``/v1/chat/completions``."""
+    """The routes of the module."""
     router, completions = APIRouter(), Completions(services)
 
     @router.get("/v1/models")
@@ -205,5 +194,9 @@ def openai_router(services: Services) -> APIRouter:
     @router.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         return await completions.chat(request)
+
+    @router.post("/v1/completions")
+    async def text(request: Request) -> Response:
+        return await completions.text(request)
 
     return router

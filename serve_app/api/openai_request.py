@@ -1,77 +1,142 @@
 """What OpenAI's clients ask for (https://platform.openai.com/docs/api-reference/chat), as the platform's own request.
 
 Fields that change nothing about the answer are ignored, whatever they are called. Those that would change it and are
-not supported are refused by name: an answer that silently lacks what was asked for is worse than none.
+not supported are refused by name: an answer that silently lacks what was asked for is worse than none. Beyond OpenAI's
+own fields those of vLLM are read: ``top_k``, ``min_p``, ``repetition_penalty``, ``min_tokens``, ``stop_token_ids``.
 """
 
 from __future__ import annotations
 
+import re
 import secrets
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+from pydantic.alias_generators import to_camel
 
 from serve_app.api.images import ImageIntake
+from serve_app.api.openai_messages import read_format, read_messages, read_tools
 from serve_app.api.validation import read
 from serve_app.domain.catalog import Capability
 from serve_app.domain.errors import InvalidInput
-from serve_app.domain.generation import GenerationRequest, Image, Message, Options, Part, Priority, Role, Text
+from serve_app.domain.generation import GenerationRequest, JsonFormat, Options, Priority
 from serve_app.domain.routing import Ask
 from serve_app.telemetry.propagation import TraceContext
 
+MAX_CHOICES = 8
+SEEDS = 2**63
+_NAMES = {to_camel(option.name): option.name for option in fields(Options)}
+_CAMEL = re.compile(rf"\b({'|'.join(_NAMES)})\b")
 
-class _Lenient(BaseModel):
+
+class Lenient(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
 
-class StreamOptions(_Lenient):
+class StreamOptions(Lenient):
     include_usage: bool = False
 
 
-class ChatMessage(_Lenient):
-    role: str
-    content: str | list[dict[str, Any]] | None = None
-
-
-class ChatBody(_Lenient):
-    """The body of ``POST /v1/chat/completions``; what is not named here is in ``model_extra``."""
+class SamplingBody(Lenient):
+    """What chat and text completions have in common; what is not named is in ``model_extra``."""
 
     model: str
-    messages: list[ChatMessage]
+    n: int | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
     max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    min_tokens: int | None = None
     stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
     seed: int | None = None
 
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def choices(self) -> int:
+        """How many answers are wanted to each prompt.
+
+        Raises:
+            InvalidInput: not 1 to 8.
+        """
+        wanted = 1 if self.n is None else self.n
+        if not 1 <= wanted <= MAX_CHOICES:
+            raise wrong("n", f"n is {wanted}; it must lie in [1, {MAX_CHOICES}].")
+        return wanted
+
+    def options(self, most: int | None, logprobs: int | None, form: JsonFormat | None = None) -> Options:
+        """Raises InvalidInput for a value out of its range, by the name it has here."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return Options(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            max_tokens=most,
+            stop=tuple(stop),
+            seed=self.seed,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            min_tokens=self.min_tokens,
+            logprobs=logprobs,
+            logit_bias=_bias(self.logit_bias or {}),
+            response_format=form,
+        )
+
+
+class ChatMessage(Lenient):
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+
+class ChatBody(SamplingBody):
+    """The body of ``POST /v1/chat/completions``."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    response_format: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+
 
 @dataclass(frozen=True, slots=True)
-class Chat:
-    """A parsed request: what the router is asked, what the model is asked, and how the answer is wanted."""
+class Order:
+    """A parsed request: one generation for each choice, and how the answer is wanted.
 
-    ask: Ask
-    request: GenerationRequest
+    ``choices`` is the number of answers to each prompt; those of one prompt follow each other in ``requests``.
+    """
+
+    requests: tuple[GenerationRequest, ...]
+    needs: frozenset[Capability]
     model: str
+    choices: int
     stream: bool
     include_usage: bool
 
-
-_ROLES = {
-    "system": Role.SYSTEM,
-    "developer": Role.SYSTEM,
-    "user": Role.USER,
-    "assistant": Role.ASSISTANT,
-}
+    def ask(self, request: GenerationRequest) -> Ask:
+        """What the router is asked for one of the requests."""
+        return Ask(request.request_id, self.model, self.needs, priority=request.priority, caller=request.caller)
 
 
 def _empty(value: Any) -> bool:
@@ -80,100 +145,94 @@ def _empty(value: Any) -> bool:
 
 # Whether each field, as given, leaves the answer as it would be without it.
 _WITHOUT_EFFECT: Mapping[str, Callable[[Any], bool]] = {
-    "n": lambda value: value in (None, 1),
-    "tools": _empty,
     "functions": _empty,
-    "tool_choice": lambda value: value in (None, "none", "auto"),
     "function_call": lambda value: value in (None, "none", "auto"),
-    "response_format": lambda value: not value or (isinstance(value, Mapping) and value.get("type") == "text"),
-    "logprobs": _empty,
-    "top_logprobs": _empty,
-    "logit_bias": _empty,
-    "frequency_penalty": _empty,
-    "presence_penalty": _empty,
     "audio": _empty,
     "modalities": lambda value: value in (None, [], ["text"]),
     "web_search_options": lambda value: value is None,
 }
 
 
-async def read_chat(value: Any, intake: ImageIntake, caller: str, trace: TraceContext) -> Chat:
-    """The request in a JSON body.
+async def read_chat(value: Any, intake: ImageIntake, caller: str, trace: TraceContext) -> Order:
+    """The request in the JSON body of a chat completion.
 
     Raises:
         InvalidInput: a field is wrong or not supported; ``details["param"]`` names it.
         PayloadTooLarge, UnsupportedMedia: an image cannot be taken.
     """
     body = read(ChatBody, value)
-    _refuse_unsupported(body.model_extra or {})
-    messages = tuple([await _message(message, number, intake) for number, message in enumerate(body.messages)])
-    request = GenerationRequest(
-        request_id=secrets.token_hex(16),
-        model=body.model,
-        messages=messages,
-        options=_options(body),
-        priority=Priority.HIGH if body.stream else Priority.NORMAL,
-        caller=caller,
-        context_policy="error",
-        trace=trace.carrier(),
-    )
-    needs = {Capability.CHAT} | ({Capability.VISION} if request.has_images else set())
-    ask = Ask(request.request_id, body.model, frozenset(needs), priority=request.priority, caller=caller)
-    return Chat(ask, request, body.model, bool(body.stream), body.include_usage)
-
-
-def _refuse_unsupported(extra: Mapping[str, Any]) -> None:
-    for name, has_no_effect in _WITHOUT_EFFECT.items():
-        if not has_no_effect(extra.get(name)):
-            raise InvalidInput(
-                f"{name} is not supported here with this value. Leave it out, or ask another server.",
-                details={"param": name},
-            )
-
-
-def _options(body: ChatBody) -> Options:
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    refuse_unsupported(body.model_extra or {}, _WITHOUT_EFFECT)
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    return Options(body.temperature, body.top_p, body.top_k, most, tuple(stop), body.seed)
-
-
-async def _message(message: ChatMessage, number: int, intake: ImageIntake) -> Message:
-    role = _ROLES.get(message.role)
-    if role is None:
-        raise InvalidInput(
-            f"messages[{number}].role is {message.role!r}; it must be one of {', '.join(_ROLES)}.",
-            details={"param": f"messages[{number}].role"},
+    with named_as_here():
+        request = GenerationRequest(
+            request_id=secrets.token_hex(16),
+            model=body.model,
+            messages=await read_messages(body.messages, intake),
+            options=body.options(most, _logprobs(body), read_format(body.response_format)),
+            priority=Priority.HIGH if body.stream else Priority.NORMAL,
+            caller=caller,
+            context_policy="error",
+            trace=trace.carrier(),
+            tools=read_tools(body.tools, body.tool_choice, body.parallel_tool_calls),
         )
-    if (message.model_extra or {}).get("tool_calls"):
-        raise InvalidInput("tool_calls are not supported here.", details={"param": f"messages[{number}].tool_calls"})
-    if message.content is None or isinstance(message.content, str):
-        return Message(role, (Text(message.content),) if message.content else ())
-    return Message(role, await _parts(message.content, number, intake))
+    needs = {Capability.CHAT}
+    needs |= {Capability.VISION} if request.has_images else set()
+    needs |= {Capability.TOOLS} if request.has_tools else set()
+    return order_of(body, [request], needs)
 
 
-async def _parts(content: list[dict[str, Any]], number: int, intake: ImageIntake) -> tuple[Part, ...]:
-    urls = [_image_url(part, number) for part in content if part.get("type") == "image_url"]
-    images = iter([Image(picture.media_type, picture.data) for picture in await intake.verify(urls)])
-    parts: list[Part] = []
-    for part in content:
-        if part.get("type") == "image_url":
-            parts.append(next(images))
-        elif part.get("type") == "text" and isinstance(part.get("text"), str):
-            parts.append(Text(part["text"]))
-        else:
-            raise InvalidInput(
-                f"messages[{number}] has a part of type {part.get('type')!r}; text and image_url are supported.",
-                details={"param": f"messages[{number}].content"},
-            )
-    return tuple(parts)
+def order_of(body: SamplingBody, requests: list[GenerationRequest], needs: set[Capability]) -> Order:
+    """The order for as many choices of each request as the body wants."""
+    every = tuple(choice for request in requests for choice in _choices(request, body.choices))
+    return Order(every, frozenset(needs), body.model, body.choices, bool(body.stream), body.include_usage)
 
 
-def _image_url(part: Mapping[str, Any], number: int) -> str:
-    given = part.get("image_url")
-    url = given.get("url") if isinstance(given, Mapping) else given
-    if not isinstance(url, str) or not url[:5].lower() == "data:":
-        raise InvalidInput(
-            "image_url must be a data URI (data:image/png;base64,…). This server fetches nothing from addresses.",
-            details={"param": f"messages[{number}].content"},
-        )
-    return url
+def _choices(request: GenerationRequest, count: int) -> Iterator[GenerationRequest]:
+    """Requests that share their prompt; with a seed each has its own, counted on from it."""
+    yield request
+    for number in range(1, count):
+        seed = request.options.seed
+        options = request.options if seed is None else replace(request.options, seed=(seed + number) % SEEDS)
+        yield replace(request, request_id=secrets.token_hex(16), options=options)
+
+
+def refuse_unsupported(extra: Mapping[str, Any], without_effect: Mapping[str, Callable[[Any], bool]]) -> None:
+    """Raises InvalidInput for a field that would change the answer; the table says when it would not."""
+    for name, has_no_effect in without_effect.items():
+        if not has_no_effect(extra.get(name)):
+            raise wrong(name, f"{name} is not supported here with this value. Leave it out, or ask another server.")
+
+
+def wrong(param: str, message: str) -> InvalidInput:
+    return InvalidInput(message, details={"param": param})
+
+
+@contextmanager
+def named_as_here() -> Iterator[None]:
+    """Names in errors as this protocol writes them: ``top_p``, not ``topP``."""
+    try:
+        yield
+    except InvalidInput as error:
+        raise in_snake_case(error) from error
+
+
+def in_snake_case(error: InvalidInput) -> InvalidInput:
+    """The error with the names that this protocol's clients used."""
+
+    def snake(text: str) -> str:
+        return _CAMEL.sub(lambda found: _NAMES[found[0]], text)
+
+    details = {**error.details, "param": snake(error.details["param"])} if "param" in error.details else error.details
+    return type(error)(snake(error.message), error.provider, error.retryable, details)
+
+
+def _logprobs(body: ChatBody) -> int | None:
+    if body.top_logprobs and not body.logprobs:
+        raise wrong("top_logprobs", "top_logprobs needs logprobs: true.")
+    return (body.top_logprobs or 0) if body.logprobs else None
+
+
+def _bias(given: Mapping[str, float]) -> dict[int, float]:
+    if not all(re.fullmatch(r"\d{1,9}", token) for token in given):
+        raise wrong("logit_bias", "The keys of logit_bias must be numbers of tokens.")
+    return {int(token): value for token, value in given.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Any, Literal
@@ -318,15 +318,20 @@ class Delta:
     tool_calls: tuple[ToolCallPart, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
 
+    @classmethod
+    def joined(cls, deltas: Sequence[Delta]) -> Delta:
+        """All of them as one, in their order."""
+        return cls(
+            "".join(delta.text for delta in deltas),
+            tuple(token for delta in deltas for token in delta.token_ids),
+            "".join(delta.reasoning for delta in deltas),
+            tuple(part for delta in deltas for part in delta.tool_calls),
+            tuple(entry for delta in deltas for entry in delta.logprobs),
+        )
+
     def __add__(self, later: Delta) -> Delta:
         """Both as one."""
-        return Delta(
-            self.text + later.text,
-            self.token_ids + later.token_ids,
-            self.reasoning + later.reasoning,
-            self.tool_calls + later.tool_calls,
-            self.logprobs + later.logprobs,
-        )
+        return Delta.joined((self, later))
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,17 +128,10 @@ async def test_what_changes_nothing_is_ignored(client: AsyncOpenAI) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2),
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("functions", [{"name": "f"}]),
-        ("tool_choice", "required"),
-        ("response_format", {"type": "json_object"}),
-        ("logprobs", True),
-        ("top_logprobs", 2),
-        ("logit_bias", {"1": 1}),
-        ("frequency_penalty", 0.5),
-        ("presence_penalty", -1),
+        ("function_call", {"name": "f"}),
         ("modalities", ["text", "audio"]),
+        ("web_search_options", {}),
     ],
 )
 async def test_what_would_change_the_answer_is_refused_by_name(api: httpx.AsyncClient, field: str, value: Any) -> None:
