@@ -21,6 +21,10 @@ COLDEST = 1e-5
 """A temperature below this is greedy: the division would leave the range of float32."""
 
 
+LIKELIEST = 1024
+"""Tokens that are looked at first for top-p."""
+
+
 class Constraint(Protocol):
     """What a reply may consist of, token by token (:mod:`serve_app.engines.structured`)."""
 
@@ -67,7 +71,10 @@ class Sampler:
         self._told = logprobs if logprobs is not None else []
         self._penalties = _penalties(options, defaults, ends, prompt_length, constraint is not None)
         self._bias = _Bias(options)
-        self._warpers = [] if self.greedy else _warpers(options, defaults)
+        self._temperature = float(temperature)
+        self._top_k = int(_first(options.top_k, defaults.top_k, 0))
+        self._top_p = float(_first(options.top_p, defaults.top_p, 1.0))
+        self._min_p = float(_first(options.min_p, defaults.min_p, 0.0))
         self._generator = torch.Generator()
         if options.seed is not None:
             self._generator.manual_seed(options.seed)
@@ -133,11 +140,9 @@ class Sampler:
         scores = self._constrained(scores, model)
         if self.greedy:
             return int(scores.argmax())
-        scores = scores[None]
-        for warper in self._warpers:
-            scores = warper(None, scores)
-        probabilities = torch.softmax(scores[0], dim=-1).cpu()
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+        weights, tokens = narrowed(scores / self._temperature, self._top_k, self._top_p, self._min_p)
+        place = int(torch.multinomial(weights.cpu(), 1, generator=self._generator))
+        return place if tokens is None else int(tokens[place])
 
     def _constrained(self, scores: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
         if self._constraint is None:
@@ -190,22 +195,27 @@ def _told(model: torch.Tensor, token: int, most: int) -> Picked:
     return Picked(token, float(logprobs[token]), tuple(zip(places.tolist(), values.tolist(), strict=True)))
 
 
-def _warpers(options: Options, defaults: Any) -> list[Callable[..., Any]]:
-    """In the order in which ``generate`` applies them."""
-    temperature = _first(options.temperature, defaults.temperature, 1.0)
-    top_k = _first(options.top_k, defaults.top_k, 0)
-    top_p = _first(options.top_p, defaults.top_p, 1.0)
-    min_p = _first(options.min_p, defaults.min_p, 0.0)
-    found: list[Callable[..., Any]] = []
-    if temperature != 1.0:
-        found.append(steps.TemperatureLogitsWarper(float(temperature)))
+def narrowed(scores: torch.Tensor, top_k: int, top_p: float, min_p: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a token is drawn from: weights, and the tokens that they belong to (None: all, in their order).
+
+    Top-k, top-p and min-p in the order and with the meaning that they have in ``generate``. Sorting a vocabulary of
+    150,000 takes 30 ms; its few likeliest tokens nearly always hold what is looked for, and take less than one.
+
+    Args:
+        scores: ``[vocabulary]``, the temperature already in them.
+    """
+    whole = torch.softmax(scores, dim=-1)
+    if not top_k and top_p >= 1.0:
+        return (whole.where(whole >= min_p * whole.max(), 0.0) if min_p else whole), None
+    weights, tokens = whole.topk(min(top_k or LIKELIEST, whole.shape[-1]))
+    if not top_k and float(weights.sum()) < top_p:
+        weights, tokens = whole.sort(descending=True)
     if top_k:
-        found.append(steps.TopKLogitsWarper(int(top_k)))
+        weights = weights / weights.sum()
     if top_p < 1.0:
-        found.append(steps.TopPLogitsWarper(float(top_p)))
-    if min_p:
-        found.append(steps.MinPLogitsWarper(float(min_p)))
-    return found
+        before = weights.cumsum(-1) - weights
+        weights = weights.where(before < top_p, 0.0)  # the first is always kept
+    return weights.where(weights >= min_p * weights[0], 0.0), tokens
 
 
 def _penalties(

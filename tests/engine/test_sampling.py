@@ -12,11 +12,12 @@ import pytest
 import torch
 import transformers
 from transformers import GenerationConfig
+from transformers.generation import logits_process
 
 from serve_app.domain.errors import InvalidInput
 from serve_app.domain.generation import Delta, FinishReason, GenerationRequest, Message, Options
 from serve_app.engines.reply import Picked
-from serve_app.engines.sampling import Sampler
+from serve_app.engines.sampling import Sampler, narrowed
 from serve_app.engines.transformers import TransformersEngine
 from tests.engine import tiny_models
 
@@ -106,6 +107,27 @@ def test_log_probabilities_are_those_of_the_model_whatever_is_done_to_them() -> 
     assert told[0].token == 0 and math.isclose(told[0].logprob, float(expected[0]), rel_tol=1e-6)
     assert [token for token, _ in told[0].top] == [1, 2]
     assert told[0].top[0][1] == pytest.approx(float(expected[1]))
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [(0, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.9, 0.0), (0, 0.05, 0.0), (0, 1.0, 0.2), (40, 0.8, 0.1), (9000, 0.999, 0.0)],
+)
+def test_what_is_drawn_from_is_what_generate_draws_from(spread: float, top_k: int, top_p: float, min_p: float) -> None:
+    scores = spread * torch.randn(5000, generator=torch.Generator().manual_seed(1))
+    expected = scores[None]
+    for warper in (
+        *([logits_process.TopKLogitsWarper(top_k)] if top_k else []),
+        *([logits_process.TopPLogitsWarper(top_p)] if top_p < 1 else []),
+        *([logits_process.MinPLogitsWarper(min_p)] if min_p else []),
+    ):
+        expected = warper(None, expected)
+    weights, tokens = narrowed(scores, top_k, top_p, min_p)
+    found = weights if tokens is None else torch.zeros(5000).scatter(0, tokens, weights)
+    difference = (found / found.sum() - expected[0].softmax(-1)).abs()
+    # Two ways of adding up may disagree about the one token at the border.
+    assert int((difference > 1e-3).sum()) == 0 and int(((found > 0) != expected[0].isfinite()).sum()) <= 1
 
 
 async def test_log_probabilities_equal_a_forward_pass(make_engine: Make, store: Path) -> None:
