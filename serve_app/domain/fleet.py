@@ -142,7 +142,8 @@ class Failed:
 class Fleet:
     """The last report of every replica. One writer: the router."""
 
-    reports: dict[tuple[str, str], tuple[float, Report]] = field(default_factory=dict)
+    reports: dict[str, dict[str, tuple[float, Report]]] = field(default_factory=dict)
+    """By application (see :attr:`Entry.unit`) and replica: when it came, and what it said."""
     starting: dict[str, float] = field(default_factory=dict)
     """Applications whose first replica was asked for, and when."""
     failed: dict[str, Failed] = field(default_factory=dict)
@@ -150,7 +151,7 @@ class Fleet:
 
     def hear(self, report: Report, now: float, revision: str = "") -> None:
         """Take a report; ``revision`` is that of the model's files right now."""
-        self.reports[report.application, report.replica_id] = (now, report)
+        self.reports.setdefault(report.application, {})[report.replica_id] = (now, report)
         self.starting.pop(report.application, None)
         if report.failure is not None and not report.failure.get("retryable"):
             self.failed[report.application] = Failed(revision, report.failure)
@@ -163,19 +164,19 @@ class Fleet:
             self.starting.setdefault(application, now)
 
     def forget(self, application: str, replica_id: str) -> None:
-        self.reports.pop((application, replica_id), None)
+        self.reports.get(application, {}).pop(replica_id, None)
 
     def prune(self, now: float) -> None:
         """Drop the replicas that fell silent and the loads that nobody heard of again."""
-        self.reports = {key: value for key, value in self.reports.items() if now - value[0] <= REPORT_TTL_S}
+        for name, replicas in list(self.reports.items()):
+            self.reports[name] = {key: heard for key, heard in replicas.items() if now - heard[0] <= REPORT_TTL_S}
+            if not self.reports[name]:
+                del self.reports[name]
         self.starting = {name: since for name, since in self.starting.items() if now - since <= 60}
 
     def of(self, application: str, now: float) -> tuple[Report, ...]:
-        return tuple(
-            report
-            for (name, _), (at, report) in self.reports.items()
-            if name == application and now - at <= REPORT_TTL_S
-        )
+        heard = self.reports.get(application, {}).values()
+        return tuple(report for at, report in heard if now - at <= REPORT_TTL_S)
 
     def failure_of(self, entry: Entry) -> dict[str, Any] | None:
         """The error that a call to the model would end with, when that is known: its files are still the same."""
