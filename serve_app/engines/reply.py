@@ -14,6 +14,9 @@ from serve_app.engines.reasoning import Marks, Splitter, marks_of
 from serve_app.engines.text import Detokenizer, TextStream
 from serve_app.engines.tools import MARKS, Found, Reader, family_of, reader_for, takes_tools
 
+HELD_TOKENS = 32
+"""Tokens that may be held back in silence."""
+
 
 @dataclass(frozen=True, slots=True)
 class Picked:
@@ -175,10 +178,17 @@ class ReplyStream:
         own = () if thinking or (self._splitter and self._splitter.reasoning) else delta.logprobs
         self._held += Delta("", delta.token_ids, logprobs=own)
         if not (found.text or reasoning or found.calls):
-            return None
+            return self._sign_of_life()
         held, self._held = self._held, Delta("")
         told = held.logprobs if found.text else ()
         return Delta(found.text, held.token_ids, reasoning, tuple(found.calls), told)
+
+    def _sign_of_life(self) -> Delta | None:
+        """Now and then the ids of what is held back: a long call must not look like a model that hangs."""
+        if len(self._held.token_ids) < HELD_TOKENS:
+            return None
+        held, self._held = self._held, Delta("", logprobs=self._held.logprobs)
+        return Delta("", held.token_ids)
 
     def _found(self, answer: str) -> Found:
         if self._reader is None:

@@ -153,6 +153,15 @@ async def test_free_calls_are_read_out_of_the_tokens(make_engine: Make, hermes: 
     assert said(plain, tokenizer(text)["input_ids"]).text == text
 
 
+def test_a_long_call_gives_signs_of_life() -> None:
+    pieces = ["<tool_call>", '{"name": "now", "arguments": {"x": "', *["y"] * 100, '"}}', "</tool_call>"]
+    stream = Format(family="hermes").stream(asking(tools=(NOW,)), Detokenizer(pieces.__getitem__, lambda ids: ""), ())
+    deltas = [delta for token in range(len(pieces)) if (delta := stream.push(token)) is not None]
+    assert len(deltas) == 4 and [bool(delta.tool_calls) for delta in deltas] == [False] * 3 + [True]
+    assert [token for delta in deltas for token in delta.token_ids] == list(range(len(pieces)))
+    assert not any(delta.text for delta in deltas)
+
+
 def test_without_parallel_calls_the_first_is_the_last() -> None:
     pieces = ["<tool_call>", '{"name": "now"}', "</tool_call>", "<tool_call>", '{"name": "now"}', "</tool_call>"]
     request = asking(tools=(NOW,), parallel=False)
