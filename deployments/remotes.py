@@ -54,12 +54,15 @@ class Remotes:
         if missing:
             self._put_up |= {application for application, _ in missing}
             targets = [RunTarget(upstream.build(args), name=name, route_prefix=None) for name, args in missing]
+            names = ", ".join(application for application, _ in missing)
             try:
                 await asyncio.to_thread(serve.run_many, targets, wait_for_applications_running=False)
             except Exception:
+                # Their status says that they do not answer; the next look tries again, and nothing else is held up.
                 self._put_up -= {application for application, _ in missing}
-                raise
-            logger.info("put up %s", ", ".join(application for application, _ in missing))
+                logger.exception("%s could not be put up", names)
+            else:
+                logger.info("put up %s", names)
 
     def hear(self, report: UpstreamReport, fleet: Fleet, now: float) -> bool:
         """Take a heartbeat; the answer says whether the list of models is known."""

@@ -151,6 +151,8 @@ class Ollama:
             vectors = tuple(tuple(float(value) for value in vector) for vector in answer["embeddings"])
         except (TypeError, ValueError, KeyError):
             raise self._wire.nonsense("it holds no embeddings") from None
+        if len(vectors) != len(texts):
+            raise self._wire.nonsense("it holds too few embeddings")
         return Embeddings(vectors, number(answer, "prompt_eval_count"))
 
     async def health(self) -> None:
