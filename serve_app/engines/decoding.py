@@ -142,7 +142,7 @@ class SoloDecoder:
         prepared = self._model.prepare_inputs_for_generation(
             tokens, is_first_iteration=first, next_sequence_length=None if first else 1, **arguments
         )
-        outputs = self._model(**prepared, **(self._prefill_extra if first else {}), return_dict=True)
+        outputs = self._model(**(prepared | (self._prefill_extra if first else {})), return_dict=True)
         following = self._model._update_model_kwargs_for_generation(
             outputs, arguments, is_encoder_decoder=self._config.is_encoder_decoder
         )
