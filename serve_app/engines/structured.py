@@ -38,8 +38,8 @@ LIMITS: dict[str, Any] = {
     "verbose_errors": False,
 }
 """Budgets of llguidance, with the time or memory that they stand for by its documentation."""
-BLANKS = r"[ \n]{0,16}"
-"""Between two parts of JSON. Without a bound a weak model may write blanks until its tokens are spent."""
+BLANKS = r"[ ]?"
+"""Between two parts of JSON. Left to itself a weak model writes blanks until its tokens are spent."""
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
 
