@@ -258,7 +258,7 @@ class SlotDecoder:
             outcomes: dict[Job, int | Exception] = {}
             group, most = self._group([job for job in jobs if not job.prompt.inputs and self._open(job, outcomes)])
             if group:
-                outcomes |= self._read(group, most)
+                outcomes |= self._read(group, most, alone=len(group) == len(jobs))
             return [outcomes.get(job) for job in jobs]
 
     def _open(self, job: Job, outcomes: dict[Job, int | Exception]) -> bool:
@@ -305,13 +305,15 @@ class SlotDecoder:
         soon = max(common_length(seat.ids, other.state.ids) for other in before)
         return soon > WORTH_WAITING and soon > self.loop.rows.common(seat.ids) + WORTH_WAITING
 
-    def _read(self, group: Sequence[Job], most: int) -> dict[Job, int | Exception]:
+    def _read(self, group: Sequence[Job], most: int, alone: bool) -> dict[Job, int | Exception]:
         begun = time.perf_counter()
         try:
             logits = self.loop.read([job.state for job in group], most)
         except Exception as fault:  # the border to the libraries
             for job in group:
                 self.loop.leave(job.state, spoilt=True)
+            if alone:
+                raise
             return dict.fromkeys(group, fault)
         done = [job for job in group if not job.state.left]
         found = self._pick(done, logits[[index for index, job in enumerate(group) if job in done]]) if done else []

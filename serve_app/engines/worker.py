@@ -75,7 +75,8 @@ class Decoder(Protocol):
 
     def start(self, jobs: Sequence[Job]) -> Sequence[int | Exception | None]:
         """Read on in the prompts of newcomers, oldest first, as far as suits those who run: each one's first token
-        once its prompt is read, None as long as it is not, or why it cannot be read."""
+        once its prompt is read, None as long as it is not, or why it cannot be read. Raises only when the pass
+        failed for all of them."""
         ...
 
     def advance(self, jobs: Sequence[Job]) -> Sequence[int | Exception]:

@@ -303,4 +303,4 @@ async def test_it_tells_what_it_is(make_engine: MakeEngine) -> None:
 
 
 def test_every_registered_name_is_a_module_with_a_factory() -> None:
-    assert set(ENGINES) >= {"auto", "scripted", "transformers"}
+    assert set(ENGINES) >= {"scripted", "transformers"}

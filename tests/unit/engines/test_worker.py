@@ -39,8 +39,9 @@ class Puppet:
         self.calls.append(f"start {name}")
         if self.broken:
             raise self.broken
-        self.parts[name] = self.parts.get(name, 1) - 1
-        first = None if self.parts[name] else self.faults.get(f"start {name}", 0)
+        if left := self.parts.pop(name, 1) - 1:
+            self.parts[name] = left
+        first = None if left else self.faults.get(f"start {name}", 0)
         return [first, *[None] * (len(jobs) - 1)]
 
     def advance(self, jobs: Sequence[Job]) -> list[int | Exception]:
@@ -231,6 +232,56 @@ async def test_a_step_that_fails_whole_ends_its_jobs_and_the_engine_lives() -> N
     puppet.gate.release(100)
     assert isinstance((await read(bench.submit(job_of("c"))))[-1], Finish)
     bench.worker.check_health()
+    bench.worker.close()
+
+
+async def test_passes_that_fail_one_after_the_other_make_the_engine_unhealthy() -> None:
+    puppet = Puppet()
+    bench = Bench(puppet)
+    for _ in range(2):
+        puppet.broken = RuntimeError("device lost")
+        for _ in range(2):
+            bench.worker.check_health()
+            assert isinstance((await read(bench.submit(job_of("a"))))[-1], GenerationFailed)
+        puppet.broken = None
+        assert isinstance((await read(bench.submit(job_of("b"))))[-1], Finish)  # one that works clears the count
+    puppet.broken = RuntimeError("device lost")
+    for _ in range(3):
+        await read(bench.submit(job_of("c")))
+    with pytest.raises(ProviderUnavailable, match="again and again"):
+        bench.worker.submit(job_of("d"))
+    bench.worker.close()
+
+
+async def test_those_who_run_go_on_while_a_prompt_is_read_in_parts() -> None:
+    puppet = Puppet(free=False)
+    bench = Bench(puppet)
+    puppet.parts["b"] = 3
+    a = bench.submit(job_of("a", 9))
+    puppet.gate.release(2)
+    await until_calls(puppet, 2)
+    b = bench.submit(job_of("b", 2))
+    puppet.gate.release(100)
+    assert text_of(await read(a)) == "t0 t1 t2 t3 t4 t5 t6 t7 t8 "
+    assert text_of(await read(b)) == "t0 t1 "
+    calls = "; ".join(puppet.calls)
+    assert "start b; advance a; start b; advance a; start b; advance a b" in calls
+    bench.worker.close()
+
+
+async def test_a_job_cancelled_while_its_prompt_is_read_leaves_at_once() -> None:
+    puppet = Puppet(free=False)
+    bench = Bench(puppet)
+    puppet.parts["a"] = 50
+    job = bench.submit(job_of("a", 5))
+    puppet.gate.release(2)
+    await until_calls(puppet, 2)
+    bench.worker.cancel(job)
+    puppet.gate.release(1)
+    await until_calls(puppet, 4)
+    assert puppet.calls == ["start a", "start a", "start a", "release a"]
+    now = bench.ledger.snapshot()
+    assert (now.cancelled, now.running, now.completion_tokens) == (1, 0, 0)
     bench.worker.close()
 
 
