@@ -50,6 +50,7 @@ CONTEXT = 2048
 START, END, END_OF_TEXT, PAD, IMAGE = "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|pad|>", "<image>"
 IMAGE_TOKEN_RMS = 0.15
 IGNORED = -100
+THINGS = (*vision_data.COLOURS, *vision_data.SHAPES)
 PROMPTS, HISTORY_PROMPTS, HISTORY_TOKENS = 300, 300, 650
 
 # Images are numbered within their message: without the number, two runs of image tokens differ only by position.
@@ -163,15 +164,17 @@ class Recipe:
 
     images: int = 60_000
     unnamed_images: int = 100_000
-    vision_steps: int = 9_000
+    cached_images: int = 90_000
+    vision_steps: int = 11_000
     vision_batch: int = 32
     vision_rate: float = 3e-3
     language_rate: float = 3e-3
     probe_weight: float = 0.3
+    # The rate falls along a cosine over all phases, so the long one must not come so late that nothing is left of it.
     phases: tuple[Phase, ...] = (
         Phase(steps=900, tokens=2_048, turns=(1, 2), drills=0.9),
-        Phase(steps=1_000, tokens=2_048, turns=(1, 6), drills=0.2),
-        Phase(steps=300, tokens=4_096, turns=(4, 26), drills=0.05),
+        Phase(steps=700, tokens=2_048, turns=(1, 6), drills=0.3),
+        Phase(steps=700, tokens=4_096, turns=(2, 26), drills=0.1),
     )
 
 
@@ -278,11 +281,10 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
 
 
 class Album:
-    """Drawn and resized training images, kept as bytes, with the indices of those that show each scene."""
+    """Drawn and resized images, kept as bytes, and the scenes that they show."""
 
     def __init__(self, rng: random.Random, scenes: Sequence[Scene]) -> None:
         self.scenes = scenes
-        self.by_scene: dict[Scene, list[int]] = defaultdict(list)
         self.pixels = torch.empty(len(scenes), 3, IMAGE_SIDE, IMAGE_SIDE, dtype=torch.uint8)
         for index, scene in enumerate(scenes):
             image = vision_data.render(scene, rng)
@@ -293,7 +295,6 @@ class Album:
                 .view(IMAGE_SIDE, IMAGE_SIDE, 3)
                 .permute(2, 0, 1)
             )
-            self.by_scene[scene].append(index)
 
     @classmethod
     def of_training(cls, rng: random.Random, recipe: Recipe) -> Album:
@@ -301,6 +302,13 @@ class Album:
         choices = vision_data.scenes(held_out=False)
         named = [choices[index % len(choices)] for index in range(recipe.images)]
         return cls(rng, named + [vision_data.unnamed_scene(rng) for _ in range(recipe.unnamed_images)])
+
+    def drawings(self, count: int) -> dict[Scene, list[int]]:
+        """For each scene, which of the first `count` images show it."""
+        found: dict[Scene, list[int]] = defaultdict(list)
+        for index, scene in enumerate(self.scenes[:count]):
+            found[scene].append(index)
+        return found
 
     def batch(self, indices: torch.Tensor) -> torch.Tensor:
         """Normalised pixel values, as the processor would return them."""
@@ -401,21 +409,22 @@ class Example:
     """One encoded conversation, and the album's images in order.
 
     Beside the ids, for every token: its label if an answer that is trained on holds it; for image tokens, the image's
-    place in its message; and where an answer about one of two images begins, the place that was asked for.
+    place in its message; and along an answer about one of two images, the place or the thing that was asked for.
     """
 
     ids: list[int]
     labels: list[int]
     places: list[int]
     asked: list[int]
+    things: list[int]
     images: list[int]
 
 
 class Encoder:
     """Turns conversations into examples through the same template and tokenizer that serving uses."""
 
-    def __init__(self, processor: LlavaProcessor, album: Album, rng: random.Random) -> None:
-        self.processor, self.tokenizer, self.album, self.rng = processor, processor.tokenizer, album, rng
+    def __init__(self, processor: LlavaProcessor, drawings: dict[Scene, list[int]], rng: random.Random) -> None:
+        self.processor, self.tokenizer, self.drawings, self.rng = processor, processor.tokenizer, drawings, rng
         self.header = self.tokenizer.encode(f"{START}assistant\n", add_special_tokens=False)
         self.end, self.image = self.tokenizer.convert_tokens_to_ids([END, IMAGE])
 
@@ -423,28 +432,31 @@ class Encoder:
         """Encode one conversation, with a random drawing for each of its scenes."""
         text = self.processor.apply_chat_template(conversation.messages(), tokenize=False)
         ids = self.tokenizer.encode(text.replace(IMAGE, IMAGE * IMAGE_TOKENS), add_special_tokens=False)
-        images = [self.rng.choice(self.album.by_scene[scene]) for scene in conversation.images()]
-        labels, asked = self._answers(ids, conversation.turns)
+        images = [self.rng.choice(self.drawings[scene]) for scene in conversation.images()]
+        labels, asked, things = self._answers(ids, conversation.turns)
         order = iter(
             place for turn in conversation.turns for place in range(len(turn.images)) for _ in range(IMAGE_TOKENS)
         )
         places = [next(order) if token == self.image else IGNORED for token in ids]
-        return Example(ids, labels, places, asked, images)
+        return Example(ids, labels, places, asked, things, images)
 
-    def _answers(self, ids: list[int], turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
-        labels, asked = [IGNORED] * len(ids), [IGNORED] * len(ids)
+    def _answers(self, ids: list[int], turns: Sequence[Turn]) -> tuple[list[int], list[int], list[int]]:
+        labels, asked, things = ([IGNORED] * len(ids) for _ in range(3))
         position = 0
         for turn in turns:
             while ids[position : position + len(self.header)] != self.header:
                 position += 1
             position += len(self.header)
             stop = ids.index(self.end, position) + 1
+            # From the last token of the prompt up to the one that predicts the end.
+            span = slice(position - 1, stop - 1)
             if turn.trained:
                 labels[position:stop] = ids[position:stop]
             if turn.asked is not None:
-                # From the last token of the prompt up to the one that predicts the end.
-                asked[position - 1 : stop - 1] = [turn.asked] * (stop - position)
-        return labels, asked
+                asked[span] = [turn.asked] * (stop - position)
+            if turn.thing is not None:
+                things[span] = [THINGS.index(turn.thing)] * (stop - position)
+        return labels, asked, things
 
 
 def batches(encode: Encoder, author: Author, phase: Phase) -> Iterator[list[Example]]:
@@ -475,22 +487,23 @@ def batches(encode: Encoder, author: Author, phase: Phase) -> Iterator[list[Exam
 class Probes(nn.Module):
     """Linear readers of the language model's lower layers, dropped after training.
 
-    Telling two images apart takes two facts: which place an image token has, and which place a question asks for.
-    Neither is worth learning before the other, and answers alone leave the model guessing for thousands of steps; so
-    the output of the first layer is asked for the one and that of the second for the other.
+    Telling two images apart takes two facts: which place an image token has, and which place or thing a question asks
+    for. Neither is worth learning before the other, and answers alone leave the model guessing for thousands of steps;
+    so the output of the first layer is asked for the one and that of the second for the other.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.place, self.asked = nn.Linear(width, 2), nn.Linear(width, 2)
+        self.place, self.asked, self.thing = nn.Linear(width, 2), nn.Linear(width, 2), nn.Linear(width, len(THINGS))
 
-    def forward(self, layers: Sequence[torch.Tensor], places: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
-        """The loss of both readers, given the outputs of all layers."""
+    def forward(self, layers: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The loss of all readers, given the outputs of all layers and the places, asked places and things."""
         loss = layers[0].new_zeros(())
-        for reader, layer, wanted in ((self.place, layers[1], places), (self.asked, layers[2], asked)):
-            mask = wanted != IGNORED
+        readers = ((self.place, layers[1]), (self.asked, layers[2]), (self.thing, layers[2]))
+        for (reader, layer), targets in zip(readers, wanted, strict=True):
+            mask = targets != IGNORED
             if mask.any():
-                loss = loss + nn.functional.cross_entropy(reader(layer[mask]), wanted[mask])
+                loss = loss + nn.functional.cross_entropy(reader(layer[mask]), targets[mask])
         return loss
 
 
@@ -518,8 +531,8 @@ def _language_loss(
     mask = wanted != IGNORED
     # Only answers are scored, so only their positions go through the output layer.
     answers = nn.functional.cross_entropy(model.lm_head(output.last_hidden_state[:, :-1][mask]), wanted[mask])
-    places, asked = padded((e.places for e in group), IGNORED), padded((e.asked for e in group), IGNORED)
-    return answers, probes(output.hidden_states, places, asked)
+    facts = [padded(rows, IGNORED) for rows in zip(*((e.places, e.asked, e.things) for e in group), strict=True)]
+    return answers, probes(output.hidden_states, facts)
 
 
 def train_language_model(
@@ -553,10 +566,12 @@ def train(out: pathlib.Path, seed: int, recipe: Recipe | None = None) -> dict[st
     train_vision_tower(model, album, recipe)
     scale_image_tokens(model, album)
     LOGGER.info("vision tower done: CPU %.0f s", time.process_time() - started)
-    cache = cache_image_tokens(model, album, recipe.images)
+    cache = cache_image_tokens(model, album, recipe.cached_images)
     torch.manual_seed(seed + 1)
-    author = Author(random.Random(f"{seed}/language"), held_out=False)
-    train_language_model(model, cache, Encoder(processor, album, author.rng), author, recipe)
+    unnamed = album.scenes[recipe.images : recipe.cached_images]
+    author = Author(random.Random(f"{seed}/language"), held_out=False, unnamed=unnamed)
+    encode = Encoder(processor, album.drawings(recipe.cached_images), author.rng)
+    train_language_model(model, cache, encode, author, recipe)
     seconds = time.process_time() - started
     LOGGER.info("training done: CPU %.0f s", seconds)
     model.eval().save_pretrained(out)

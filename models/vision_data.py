@@ -45,13 +45,14 @@ PURE_COLOURS: dict[str, RGB] = {
 }
 COLOURS: tuple[str, ...] = tuple(COLOUR_RANGES)
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "cross", "diamond")
-# Off the list on purpose. Such scenes only teach the vision tower: a shape in a colour without a name is scored on its
-# shape alone, a shape without a name on its colour alone. Without them the tower learns that the held-out pairs do not
-# exist, and takes an unseen red star for an orange one.
+# Off the list on purpose. Training shows such scenes too, and asks only for what has a name: of a shape in a colour
+# without a name the shape, of a shape without a name the colour. Without them a model learns that the held-out pairs do
+# not exist, and takes an unseen red star for an orange one.
 UNNAMED = "unnamed"
+UNNAMED_SHARE = 0.25
 UNNAMED_SHAPES: tuple[str, ...] = ("ring", "hexagon", "arrow", "half disc")
 # Side of the shape's bounding box, as a fraction of the image's shorter side.
-SIZE_RANGES: dict[str, tuple[float, float]] = {"small": (0.45, 0.6), "medium": (0.6, 0.78), "large": (0.78, 0.95)}
+SIZE_RANGES: dict[str, tuple[float, float]] = {"small": (0.5, 0.62), "medium": (0.62, 0.78), "large": (0.78, 0.95)}
 SIZES: tuple[str, ...] = tuple(SIZE_RANGES)
 
 MIN_SIDE = 24
@@ -250,7 +251,23 @@ def describe_answer(scene: Scene) -> str:
     return f"{start} {scene.colour} {scene.shape} on {_article(scene.background)} {scene.background} background."
 
 
-Answer = Callable[[Scene], str]
+@dataclass(frozen=True)
+class Question:
+    """Ways to ask for one thing about a scene, the answer, and the fields that must have a name for it."""
+
+    templates: Sequence[str]
+    answer: Callable[[Scene], str]
+    needs: tuple[str, ...]
+
+    def fits(self, scene: Scene) -> bool:
+        """Whether what the question asks for has a name in this scene."""
+        return all(has_name(getattr(scene, name)) for name in self.needs)
+
+
+def has_name(value: str) -> bool:
+    """Whether a colour or a shape is on the lists."""
+    return value in COLOURS or value in SHAPES
+
 
 # {colour}: either spelling of the word; {image}: image, picture or photo; {ordinal}: first or second.
 COLOUR_QUESTIONS = (
@@ -353,16 +370,16 @@ WHICH_QUESTIONS = (
     "Where do you see {thing}?",
     "Is {thing} in the first or the second {image}?",
 )
-SINGLE_QUESTIONS: tuple[tuple[Sequence[str], Answer], ...] = (
-    (COLOUR_QUESTIONS, colour_answer),
-    (SHAPE_QUESTIONS, shape_answer),
-    (DESCRIBE_QUESTIONS, describe_answer),
-    (BACKGROUND_QUESTIONS, background_answer),
+COLOUR, SHAPE, DESCRIBE, BACKGROUND = SINGLE_QUESTIONS = (
+    Question(COLOUR_QUESTIONS, colour_answer, ("colour",)),
+    Question(SHAPE_QUESTIONS, shape_answer, ("shape",)),
+    Question(DESCRIBE_QUESTIONS, describe_answer, ("colour", "shape", "background")),
+    Question(BACKGROUND_QUESTIONS, background_answer, ("background",)),
 )
-NTH_QUESTIONS: tuple[tuple[Sequence[str], Answer], ...] = (
-    (NTH_COLOUR_QUESTIONS, colour_answer),
-    (NTH_SHAPE_QUESTIONS, shape_answer),
-    (NTH_DESCRIBE_QUESTIONS, describe_answer),
+NTH_QUESTIONS = (
+    Question(NTH_COLOUR_QUESTIONS, colour_answer, ("colour",)),
+    Question(NTH_SHAPE_QUESTIONS, shape_answer, ("shape",)),
+    Question(NTH_DESCRIBE_QUESTIONS, describe_answer, ("colour", "shape", "background")),
 )
 ORDINALS = ("first", "second")
 
@@ -427,7 +444,7 @@ REPLIES = ("Of course.", "Yes.", "No.", "Sure, here you are.", "I am well, thank
 class Turn:
     """One user message with the expected reply; `images` are scenes, to be drawn by the caller, in order.
 
-    `asked` is the index of the image that a question about two images singles out.
+    A question about two images names either the place that it asks about (`asked`) or the thing to find (`thing`).
     """
 
     text: str
@@ -436,6 +453,7 @@ class Turn:
     images_first: bool = True
     trained: bool = True
     asked: int | None = None
+    thing: str | None = None
 
     def messages(self) -> list[dict[str, Any]]:
         """The turn as a user and an assistant message, in the form that the chat template takes."""
@@ -465,12 +483,15 @@ class Conversation:
 class Author:
     """Writes questions and conversations about scenes of one side of the split, from one random stream."""
 
-    def __init__(self, rng: random.Random, held_out: bool) -> None:
+    def __init__(self, rng: random.Random, held_out: bool, unnamed: Sequence[Scene] = ()) -> None:
         self.rng = rng
         self._scenes = scenes(held_out)
+        self._unnamed = unnamed
 
     def scene(self) -> Scene:
-        """Draw a scene."""
+        """Draw a scene, now and then one of the given unnamed ones."""
+        if self._unnamed and self.rng.random() < UNNAMED_SHARE:
+            return self.rng.choice(self._unnamed)
         return self.rng.choice(self._scenes)
 
     def two_scenes(self) -> list[Scene]:
@@ -498,35 +519,41 @@ class Author:
             text += rng.choice(CLOSERS)
         return text
 
-    def ask(self, scene: Scene, kind: tuple[Sequence[str], Answer] | None = None) -> Turn:
+    def ask(self, scene: Scene, question: Question | None = None) -> Turn:
         """A question about the one image in view, without the image itself."""
-        templates, answer = kind or self.rng.choice(SINGLE_QUESTIONS)
-        return Turn(self.word(templates), answer(scene))
+        question = question or self.rng.choice([item for item in SINGLE_QUESTIONS if item.fits(scene)])
+        return Turn(self.word(question.templates), question.answer(scene))
 
-    def show(self, scene: Scene, kind: tuple[Sequence[str], Answer] | None = None) -> Turn:
+    def show(self, scene: Scene, question: Question | None = None) -> Turn:
         """A message with one image and a question about it; now and then no words at all, which asks to describe."""
-        turn = self.ask(scene, kind)
+        turn = self.ask(scene, question)
         turn.images, turn.images_first = [scene], self.rng.random() < 0.8
-        if kind is None and self.rng.random() < 0.05:
+        if question is None and DESCRIBE.fits(scene) and self.rng.random() < 0.05:
             turn.text, turn.answer = "", describe_answer(scene)
         return turn
 
-    def ask_two(self, pair: Sequence[Scene]) -> Turn:
-        """A question that needs the two images told apart, without the images themselves."""
+    def ask_two(self, pair: Sequence[Scene], which: float = 0.3) -> Turn:
+        """A question that needs the two images told apart; a share of `which` of them ask for the place of a thing."""
         index = self.rng.randrange(2)
-        if self.rng.random() < 0.3:
-            scene = pair[index]
-            thing = self.rng.choice(
-                (f"a {scene.shape}", f"the {scene.shape}", f"{_article(scene.colour)} {scene.colour} shape")
-            )
-            return Turn(self.word(WHICH_QUESTIONS, thing=thing), f"The {ORDINALS[index]} image.")
-        templates, answer = self.rng.choice(NTH_QUESTIONS)
-        text = self.word(templates, ordinal=ORDINALS[index], number=str(index + 1))
-        return Turn(text, answer(pair[index]), asked=index)
+        scene = pair[index]
+        if self.rng.random() < which:
+            return self._ask_which(scene, index)
+        question = self.rng.choice([item for item in NTH_QUESTIONS if item.fits(scene)])
+        text = self.word(question.templates, ordinal=ORDINALS[index], number=str(index + 1))
+        return Turn(text, question.answer(scene), asked=index)
 
-    def show_two(self, pair: Sequence[Scene]) -> Turn:
+    def _ask_which(self, scene: Scene, index: int) -> Turn:
+        things = []
+        if has_name(scene.shape):
+            things += [(f"a {scene.shape}", scene.shape), (f"the {scene.shape}", scene.shape)]
+        if has_name(scene.colour):
+            things.append((f"{_article(scene.colour)} {scene.colour} shape", scene.colour))
+        words, thing = self.rng.choice(things)
+        return Turn(self.word(WHICH_QUESTIONS, thing=words), f"The {ORDINALS[index]} image.", thing=thing)
+
+    def show_two(self, pair: Sequence[Scene], which: float = 0.3) -> Turn:
         """A message with two images and a question that needs them told apart."""
-        turn = self.ask_two(pair)
+        turn = self.ask_two(pair, which)
         turn.images, turn.images_first = list(pair), self.rng.random() < 0.8
         return turn
 
@@ -555,10 +582,11 @@ class Author:
             return self.rng.choice(SYSTEM_PROMPTS)
         return " ".join(self.rng.choices(WORDS, k=self.rng.randint(3, 20))).capitalize() + "."
 
-    def drill(self, questions: int = 9) -> Conversation:
+    def drill(self, questions: int = 9, which: float = 0.5) -> Conversation:
         """Two images and one question after another that needs them told apart: much practice per image token."""
         pair = self.two_scenes()
-        return Conversation([self.show_two(pair), *(self.ask_two(pair) for _ in range(questions - 1))], self.system())
+        turns = [self.show_two(pair, which), *(self.ask_two(pair, which) for _ in range(questions - 1))]
+        return Conversation(turns, self.system())
 
     def chat(self, turns: int, text_share: float = 0.2) -> Conversation:
         """A conversation of mixed turns; a follow-up is always about the newest message that has images."""
@@ -590,9 +618,9 @@ def _ask_follow_up(author: Author) -> list[Turn]:
 
 
 SKILLS: dict[str, Callable[[Author], list[Turn]]] = {
-    "colour": lambda author: [author.show(author.scene(), SINGLE_QUESTIONS[0])],
-    "shape": lambda author: [author.show(author.scene(), SINGLE_QUESTIONS[1])],
-    "describe": lambda author: [author.show(author.scene(), SINGLE_QUESTIONS[2])],
+    "colour": lambda author: [author.show(author.scene(), COLOUR)],
+    "shape": lambda author: [author.show(author.scene(), SHAPE)],
+    "describe": lambda author: [author.show(author.scene(), DESCRIBE)],
     "two_images": lambda author: [author.show_two(author.two_scenes())],
     "follow_up": _ask_follow_up,
 }
