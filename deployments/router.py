@@ -61,6 +61,7 @@ class Router:
         """Applications that this router has put up for discovered models, each with the revision of its files."""
         self._deploying: dict[str, asyncio.Task[None]] = {}
         self._catalogue = Catalogue()
+        self._defaults: dict[str, ModelArgs] = {}
         self._pinned: set[str] = set()
         """Models that an operator pinned since this router started, beside those whose arguments say so."""
         self._epoch = time.time_ns()
@@ -162,9 +163,8 @@ class Router:
         return entry.full_name in self._pinned or (not entry.shared and self._args_of(entry).stays)
 
     def _args_of(self, entry: Entry) -> ModelArgs:
-        if entry.spec:
-            return ModelArgs.model_validate(dict(entry.spec))
-        return ModelArgs(model=entry.id).over(self._defaults().get(entry.id))
+        declared = self._serve.models.get(entry.application)
+        return declared or ModelArgs(model=entry.id).over(self._defaults.get(entry.id))
 
     async def __del__(self) -> None:
         for task in self._tasks:
@@ -185,6 +185,7 @@ class Router:
 
     async def _scan(self) -> None:
         infos = await asyncio.to_thread(self._store.scan, time.time())
+        self._defaults = await asyncio.to_thread(self._read_defaults)
         self._found = {info.id: info for info in infos}
         self._rebuild()
         for application, revision in list(self._deployed.items()):
@@ -204,7 +205,7 @@ class Router:
         entries += [_found_entry(info) for info in self._found.values() if info.id not in declared]
         entries += self._remotes.entries(time.time())
         aliases = dict(self._platform.aliases)
-        for _, args in declared.values():
+        for args in (*self._defaults.values(), *self._serve.models.values()):
             aliases |= dict.fromkeys(args.aliases, args.model)
         self._catalogue = Catalogue(entries, aliases)
 
@@ -240,12 +241,13 @@ class Router:
         self._deployed[entry.application] = entry.info.revision if entry.info else ""
         logger.info("%s was deployed as %s", entry.id, entry.application)
 
-    def _defaults(self) -> dict[str, ModelArgs]:
+    def _read_defaults(self) -> dict[str, ModelArgs]:
+        """The files in ``configs/models``; a wrong one is reported and leaves the last good ones in force."""
         try:
             return read_models(self._settings.rotunda_home / "configs" / "models")
         except InvalidConfig as error:
-            logger.error("the defaults of discovered models are ignored: %s", error)
-            return {}
+            logger.error("the defaults of discovered models stay as they were: %s", error)
+            return self._defaults
 
     def _wake(self, entry: Entry) -> None:
         if entry.shared:
