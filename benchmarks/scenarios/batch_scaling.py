@@ -61,8 +61,9 @@ def make_model(path: Path, sizes: dict[str, int]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One request: when each of its tokens came, in seconds after it was sent."""
+    """One request: when it was sent, and when each of its tokens came, in seconds after that."""
 
+    sent: float
     times: tuple[float, ...]
     text: str
     usage: Usage
@@ -70,10 +71,6 @@ class Run:
     @property
     def ttft(self) -> float:
         return self.times[0]
-
-    @property
-    def gaps(self) -> list[float]:
-        return [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
 
 
 def words(rng: random.Random, count: int) -> str:
@@ -89,16 +86,20 @@ async def ask(engine: Engine, prompt: str, tokens: int) -> Run:
             times.append(time.perf_counter() - begun)
             text.append(item.text)
         elif isinstance(item, Finish):
-            return Run(tuple(times), "".join(text), item.usage)
+            return Run(begun, tuple(times), "".join(text), item.usage)
     raise AssertionError("unreachable: a stream ends with Finish or raises")
 
 
-async def throughput(engine: Engine, rng: random.Random, streams: int, tokens: int) -> float:
-    """Tokens per second of ``streams`` requests that come at once; prompts of 64 tokens ± 50 %."""
+async def throughput(engine: Engine, rng: random.Random, streams: int, tokens: int) -> tuple[float, float]:
+    """Tokens per second of ``streams`` requests that come at once, prompts of 64 tokens ± 50 %: over the whole time,
+    prompts included, and from the last one's first token to the first one's last."""
     prompts = [words(rng, rng.randint(32, 96)) for _ in range(streams)]
     begun = time.perf_counter()
     runs = await asyncio.gather(*(ask(engine, prompt, tokens) for prompt in prompts))
-    return sum(run.usage.completion_tokens for run in runs) / (time.perf_counter() - begun)
+    whole = sum(run.usage.completion_tokens for run in runs) / (time.perf_counter() - begun)
+    start, end = max(run.sent + run.ttft for run in runs), min(run.sent + run.times[-1] for run in runs)
+    within = sum(start < run.sent + at <= end for run in runs for at in run.times)
+    return whole, within / (end - start)
 
 
 async def second_turn(engine: Engine, rng: random.Random) -> tuple[float, float, int]:
@@ -143,6 +144,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median(values), "least": min(values), "most": max(values)}
 
 
+def scaling(speeds: dict[int, list[float]]) -> dict[str, dict[str, float]]:
+    """Many streams against one, round by round."""
+    return {
+        str(streams): spread([many / one for one, many in zip(speeds[1], speeds[streams], strict=True)])
+        for streams in STREAMS[1:]
+    }
+
+
 async def measure(name: str, folder: Path, threads: int, rounds: int, tokens: int) -> dict[str, Any]:
     path = folder / name
     parameters = make_model(path, SIZES[name])
@@ -150,12 +159,15 @@ async def measure(name: str, folder: Path, threads: int, rounds: int, tokens: in
     engine = await asyncio.to_thread(create, "transformers", inspect(path, name), options)
     rng = random.Random(7)
     speeds: dict[int, list[float]] = {streams: [] for streams in STREAMS}
+    decoding: dict[int, list[float]] = {streams: [] for streams in STREAMS}
     turns: list[tuple[float, float, int]] = []
     gaps: list[tuple[float, float, float]] = []
     await throughput(engine, rng, 2, 8)
     for _ in range(rounds):
         for streams in STREAMS:
-            speeds[streams].append(await throughput(engine, rng, streams, tokens))
+            whole, steady = await throughput(engine, rng, streams, tokens)
+            speeds[streams].append(whole)
+            decoding[streams].append(steady)
         turns.append(await second_turn(engine, rng))
         gaps.append(await disturbed(engine, rng, 8, 4 * tokens))
     await engine.close()
@@ -163,10 +175,9 @@ async def measure(name: str, folder: Path, threads: int, rounds: int, tokens: in
         "parameters": parameters,
         "engine": engine.description,
         "tokens_per_s": {str(streams): spread(found) for streams, found in speeds.items()},
-        "scaling": {
-            str(streams): spread([many / one for one, many in zip(speeds[1], speeds[streams], strict=True)])
-            for streams in STREAMS[1:]
-        },
+        "scaling": scaling(speeds),
+        "decode_tokens_per_s": {str(streams): spread(found) for streams, found in decoding.items()},
+        "decode_scaling": scaling(decoding),
         "first_turn_s": spread([first for first, _, _ in turns]),
         "second_turn_ratio": spread([second / first for first, second, _ in turns]),
         "second_turn_cached_tokens": turns[0][2],
@@ -177,15 +188,20 @@ async def measure(name: str, folder: Path, threads: int, rounds: int, tokens: in
 
 
 def show(name: str, found: dict[str, Any]) -> str:
-    speeds = ", ".join(f"{streams}: {speed['median']:.0f}" for streams, speed in found["tokens_per_s"].items())
-    scaling = ", ".join(f"{streams}: {ratio['median']:.1f}x" for streams, ratio in found["scaling"].items())
-    return (
-        f"{name} ({found['parameters'] / 1e6:.1f} M)  tokens/s at streams {speeds}  ({scaling})\n"
+    lines = [f"{name} ({found['parameters'] / 1e6:.1f} M)"]
+    for kind, title in (("", "prompts included"), ("decode_", "decoding only")):
+        speeds = ", ".join(f"{n}: {speed['median']:.0f}" for n, speed in found[f"{kind}tokens_per_s"].items())
+        ratios = ", ".join(f"{n}: {ratio['median']:.1f}x" for n, ratio in found[f"{kind}scaling"].items())
+        lines.append(f"    tokens/s by streams, {title}: {speeds} ({ratios})")
+    lines.append(
         f"    second turn {found['second_turn_ratio']['median']:.2f} of the first "
-        f"({found['first_turn_s']['median'] * 1000:.0f} ms), {found['second_turn_cached_tokens']} tokens reused\n"
+        f"({found['first_turn_s']['median'] * 1000:.0f} ms), {found['second_turn_cached_tokens']} tokens reused"
+    )
+    lines.append(
         f"    p99 gap {found['p99_gap_alone_s']['median'] * 1000:.0f} ms, x{found['p99_gap_growth']['median']:.1f} "
         f"beside a prompt of {INTRUDER} tokens, which takes {found['long_prompt_ttft_s']['median']:.1f} s"
     )
+    return "\n".join(lines)
 
 
 def main() -> None:

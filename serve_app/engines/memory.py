@@ -79,8 +79,8 @@ def cpu_has_bfloat16() -> bool:
 def needed_bytes(info: ModelInfo, options: EngineOptions) -> MemoryNeed:
     """The need of one replica: weights as they will be cast, keys and values of :func:`kv_tokens`, and the process.
 
-    Keys and values: 2 · layers · kv_heads · head_dim · item bytes · tokens; layers with a sliding window keep only the
-    window of each request.
+    Keys and values: 2 · layers · kv_heads · head_dim · item bytes · tokens; layers with a sliding window count like the
+    others, since rows keep all tokens (:mod:`serve_app.engines.cache`).
 
     Raises:
         ModelLoadFailed: the model's config.json cannot be read, or it has no weights.
@@ -93,10 +93,10 @@ def needed_bytes(info: ModelInfo, options: EngineOptions) -> MemoryNeed:
         weights = info.parameters * ITEM_BYTES[dtype]
     config = read_object(Path(info.path) / "config.json")
     item_bytes = ITEM_BYTES.get(dtype, 2)
-    return MemoryNeed(weights, _kv_bytes(config, item_bytes, kv_tokens(info, options), options.max_concurrency))
+    return MemoryNeed(weights, _kv_bytes(config, item_bytes, kv_tokens(info, options)))
 
 
-def _kv_bytes(config: Mapping[str, Any], item_bytes: int, tokens: int, requests: int) -> int:
+def _kv_bytes(config: Mapping[str, Any], item_bytes: int, tokens: int) -> int:
     found = [section for section in sections(config) if _layers(section)]
     if not found:
         return 0
@@ -105,11 +105,7 @@ def _kv_bytes(config: Mapping[str, Any], item_bytes: int, tokens: int, requests:
     width = _number(section, "hidden_size", "n_embd", "d_model") or 0
     per_layer = 2 * item_bytes * (_number(section, "num_key_value_heads", "num_kv_heads") or heads)
     per_layer *= _number(section, "head_dim", "d_kv") or width // heads
-    window = _number(section, "sliding_window")
-    kinds = section.get("layer_types")
-    sliding = kinds.count("sliding_attention") if isinstance(kinds, list) and window else 0
-    held = (_layers(section) - sliding) * tokens + sliding * min(tokens, (window or 0) * requests)
-    return per_layer * max(0, held)
+    return per_layer * _layers(section) * tokens
 
 
 def _layers(section: Mapping[str, Any]) -> int:

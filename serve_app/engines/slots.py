@@ -27,11 +27,13 @@ log = logging.getLogger(__name__)
 
 KEPT_ROWS = 16
 """Rows beyond those of running requests, for what finished ones leave."""
-BLOCK = 64
-"""Attention looks at a multiple of so many tokens: shapes that repeat are faster than exact ones."""
-WORTH_WAITING = 2 * BLOCK
+BLOCK = 16
+"""Lengths are rounded to a multiple of this, so that shapes repeat."""
+WORTH_WAITING = 128
 """Tokens for which a prompt waits until another has read them."""
-MIN_CHUNK, MAX_CHUNK = 32, 512
+MIN_CHUNK, MAX_CHUNK = 16, 512
+SHARE = 0.8
+"""Of a step's time that reading may take beside it, on average: single passes vary."""
 PATIENCE = 256
 """Tokens by which a prompt seems shorter for each turn that it was passed over: short ones go first, long ones too."""
 
@@ -55,7 +57,8 @@ class Seat:
 class Pace:
     """How many tokens of prompts one turn may read, so that running streams wait no longer than their own step takes.
 
-    Newcomers that outnumber the running streams get proportionally more. Times are smoothed over a few turns.
+    When newcomers outnumber the running streams, more of them wait than would be kept waiting: they get more, by the
+    square of the ratio. Times are smoothed over a few turns.
     """
 
     def __init__(self) -> None:
@@ -69,11 +72,11 @@ class Pace:
         self._token_s = _smooth(self._token_s, seconds / tokens)
 
     def allowance(self, running: int, reading: int) -> int:
-        """Tokens: a power of two, so that shapes repeat."""
+        """Tokens, a multiple of :data:`BLOCK`."""
         if not running or self._step_s is None or self._token_s is None:
             return MAX_CHUNK
-        tokens = int(self._step_s / self._token_s * max(1.0, reading / running))
-        return int(min(MAX_CHUNK, max(MIN_CHUNK, 2 ** max(0, tokens.bit_length() - 1))))
+        tokens = int(SHARE * self._step_s / self._token_s * max(1.0, reading / running) ** 2)
+        return min(MAX_CHUNK, max(MIN_CHUNK, tokens // BLOCK * BLOCK))
 
 
 def _smooth(old: float | None, new: float) -> float:
@@ -348,7 +351,9 @@ class SlotDecoder:
 
     def _pick(self, jobs: Sequence[Job], logits: torch.Tensor) -> list[int | Exception]:
         """The next token of each job from ``[jobs, vocabulary]``; those that only want the likeliest in one call."""
-        likeliest = logits.argmax(dim=-1).tolist()
+        likeliest: list[int | Exception] = logits.argmax(dim=-1).tolist()
+        if all(job.state.sampler.plain for job in jobs):
+            return likeliest
         return [
             token if job.state.sampler.plain else self._sample(job, row)
             for job, row, token in zip(jobs, logits, likeliest, strict=True)

@@ -216,13 +216,17 @@ class Worker:
                 self._fail(job, token)
             elif token is not None:
                 job.first = time.monotonic()
-                self._ledger.count(prompt_tokens=len(job.prompt.ids))
+                self._ledger.count(len(job.prompt.ids), completion_tokens=1, tokens_after_cancel=int(job.cancelled))
                 self._reading.remove(job)
                 self._running.append(job)
                 self._take(job, token)
 
     def _advance(self, jobs: Sequence[Job]) -> None:
-        for job, token in zip(jobs, self._computed(self._decoder.advance, jobs), strict=True):
+        tokens = self._computed(self._decoder.advance, jobs)
+        made = [job for job, token in zip(jobs, tokens, strict=True) if isinstance(token, int)]
+        late = sum(job.cancelled for job in made)
+        self._ledger.count(completion_tokens=len(made), tokens_after_cancel=late)
+        for job, token in zip(jobs, tokens, strict=True):
             if isinstance(token, Exception):
                 self._fail(job, token)
             elif token is not None:
@@ -243,7 +247,6 @@ class Worker:
     def _take(self, job: Job, token: int) -> None:
         """Turn a token into text, and see whether it was the last."""
         job.tokens.append(token)
-        self._ledger.count(completion_tokens=1, tokens_after_cancel=int(job.cancelled))
         if job.cancelled:
             return
         try:

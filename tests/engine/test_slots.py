@@ -239,8 +239,8 @@ def test_the_pace_lets_running_streams_wait_no_longer_than_a_step() -> None:
     for _ in range(50):
         pace.stepped(0.010)
         pace.read(tokens=100, seconds=0.010)
-    assert pace.allowance(running=4, reading=1) == 64  # a power of two, at most 100
-    assert pace.allowance(running=4, reading=16) == 256
+    assert pace.allowance(running=4, reading=1) == 80
+    assert pace.allowance(running=4, reading=8) == 320
     assert pace.allowance(running=0, reading=1) == MAX_CHUNK
     for _ in range(50):
         pace.read(tokens=10, seconds=0.010)
