@@ -1,6 +1,7 @@
-"""Which decoder a model gets: the slots if it may use them and they compute what they should, else one pass for each
-request. Left-padded micro-batches were measured and left out: what the slots refuse has images or state of its own, or
-an encoder, where rows of a batch begin and end together, and a newcomer would wait for the longest reply.
+"""Which decoder a model gets: the slots where they compute what they should, else one pass for each request.
+
+Left-padded micro-batches for what the slots refuse are not built: encoders, images and state-space models keep their
+right order and their cancellation in passes of their own, and what a batch would gain for them was not measured.
 """
 
 from __future__ import annotations

@@ -234,7 +234,6 @@ class SlotDecoder:
         self.loop = loop
         self.places: int | None = places
         self._pace = Pace()
-        self._running = 0
 
     def __repr__(self) -> str:
         return f"SlotDecoder({self.loop.rows!r})"
@@ -279,7 +278,8 @@ class SlotDecoder:
 
     def _group(self, jobs: Sequence[Job]) -> tuple[list[Job], int]:
         """The jobs to read now, and how far: the shortest and longest-waiting first, then what fits beside it."""
-        allowance = self._pace.allowance(self._running, len(jobs))
+        running = len(self.loop.rows.held) - sum(job.state.row is not None for job in jobs)
+        allowance = self._pace.allowance(running, len(jobs))
         ready = [job for job in jobs if not self._awaits(job, jobs)]
         ready.sort(key=lambda job: job.state.left - PATIENCE * job.state.passed_over)
         group: list[Job] = []
@@ -328,7 +328,6 @@ class SlotDecoder:
         with torch.inference_mode():
             seated = [job for job in jobs if isinstance(job.state, Seat)]
             others = [job for job in jobs if not isinstance(job.state, Seat)]
-            self._running = len(seated)
             found: dict[Job, int | Exception] = {}
             if seated:
                 found |= zip(seated, self._step(seated, alone=not others), strict=True)

@@ -218,6 +218,22 @@ async def test_a_long_prompt_is_read_beside_running_streams_and_can_be_cancelled
     assert (now.cancelled, now.finished, now.running) == (1, 2, 0)
 
 
+async def test_an_idle_engine_reads_a_prompt_in_one_pass(make_engine: Make, ask: Ask, endless: Path) -> None:
+    engine = await make_engine(endless)
+    loop = decoder_of(engine).loop
+    sizes: list[int] = []
+    original = loop.read
+
+    def read(seats: Any, most: int) -> torch.Tensor:
+        sizes.append(most)
+        return original(seats, most)
+
+    loop.read = read  # type: ignore[method-assign]
+    for digit in "12":
+        reply = await ask(engine, f"{digit} " * 100)
+        assert sizes.pop() > 190 and not sizes and reply.finish.usage.cached_tokens < 10
+
+
 async def test_a_short_prompt_does_not_wait_for_a_long_one(
     make_engine: Make, ask: Ask, endless: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
