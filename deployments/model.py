@@ -52,6 +52,7 @@ class ModelReplica:
         self._progress: float | None = None
         self._retired = False
         self._pinned = False
+        self._reports = 0
         self._outboxes = Outboxes(args.model, self._settings.hf_stream_chunk_size)
         self._refused = 0
         self._busy_s = 0.0
@@ -186,6 +187,9 @@ class ModelReplica:
 
     async def _report(self) -> None:
         """Tell the router; a router that is away hears the next report."""
+        memory_bytes = await asyncio.to_thread(_resident_bytes)
+        # From here on without an await: the report must not be older than its number.
+        self._reports += 1
         counters = self._counters()
         report = Report(
             application=self._link.application,
@@ -204,9 +208,10 @@ class ModelReplica:
             completion_tokens=counters.completion_tokens,
             tokens_after_cancel=counters.tokens_after_cancel,
             busy_seconds=self._busy_s,
-            memory_bytes=await asyncio.to_thread(_resident_bytes),
+            memory_bytes=memory_bytes,
             loaded_at=self._loaded_at,
             last_used_at=self._last_used,
+            number=self._reports,
         )
         await self._link.tell("heartbeat", report)
 

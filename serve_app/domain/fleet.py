@@ -37,6 +37,8 @@ class Report:
     memory_bytes: int | None = None
     loaded_at: float | None = None
     last_used_at: float | None = None
+    number: int = 0
+    """Counts the replica's reports: two may overtake each other on their way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +152,12 @@ class Fleet:
     """Applications whose model cannot be loaded, until its files change."""
 
     def hear(self, report: Report, now: float, revision: str = "") -> None:
-        """Take a report; ``revision`` is that of the model's files right now."""
-        self.reports.setdefault(report.application, {})[report.replica_id] = (now, report)
+        """Take a report, unless a later one is known; ``revision`` is that of the model's files right now."""
+        replicas = self.reports.setdefault(report.application, {})
+        _, known = replicas.get(report.replica_id, (now, report))
+        if known.number > report.number:
+            return
+        replicas[report.replica_id] = (now, report)
         self.starting.pop(report.application, None)
         if report.failure is not None and not report.failure.get("retryable"):
             self.failed[report.application] = Failed(revision, report.failure)

@@ -88,6 +88,13 @@ def test_the_busiest_word_of_the_replicas_is_the_models_state() -> None:
     assert fleet.state_of(entry("a"), 0)[0] is ModelState.BUSY
 
 
+def test_a_report_that_was_overtaken_is_not_believed() -> None:
+    fleet = Fleet()
+    fleet.hear(report("a", ModelState.READY, number=2), 0)
+    fleet.hear(report("a", ModelState.LOADING, number=1), 0)
+    assert fleet.state_of(entry("a"), 0)[0] is ModelState.READY
+
+
 def test_a_silent_replica_is_gone_and_a_farewell_is_believed_at_once() -> None:
     fleet = Fleet()
     fleet.hear(report("a"), 0)
