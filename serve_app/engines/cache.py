@@ -15,6 +15,10 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+NORESERVE = 0x4000
+"""``MAP_NORESERVE`` of Linux on x86 and ARM, which not every Python names: most of the pages stay untouched, so the
+kernel must not refuse them for their number."""
+
 
 class Place:
     """Where the pass in progress writes and what it reads; all layers share it.
@@ -73,7 +77,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         row_bytes = like.shape[1] * self.place.capacity * like.shape[3] * like.element_size()
         if like.device.type != "cpu" or row_bytes % mmap.PAGESIZE or not hasattr(mmap, "MADV_NOHUGEPAGE"):
             return like.new_zeros(shape)
-        pages = mmap.mmap(-1, row_bytes * self.place.rows, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
+        pages = mmap.mmap(-1, row_bytes * self.place.rows, flags=flags)
         pages.madvise(mmap.MADV_NOHUGEPAGE)
         self._pages.append((pages, row_bytes))
         return torch.frombuffer(pages, dtype=like.dtype).view(shape)
