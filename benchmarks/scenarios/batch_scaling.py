@@ -98,6 +98,8 @@ async def throughput(engine: Engine, rng: random.Random, streams: int, tokens: i
     runs = await asyncio.gather(*(ask(engine, prompt, tokens) for prompt in prompts))
     whole = sum(run.usage.completion_tokens for run in runs) / (time.perf_counter() - begun)
     start, end = max(run.sent + run.ttft for run in runs), min(run.sent + run.times[-1] for run in runs)
+    if end <= start:
+        raise SystemExit(f"{tokens} new tokens are too few: the first of {streams} streams ended before all ran.")
     within = sum(start < run.sent + at <= end for run in runs for at in run.times)
     return whole, within / (end - start)
 
@@ -169,7 +171,7 @@ async def measure(name: str, folder: Path, threads: int, rounds: int, tokens: in
             speeds[streams].append(whole)
             decoding[streams].append(steady)
         turns.append(await second_turn(engine, rng))
-        gaps.append(await disturbed(engine, rng, 8, 4 * tokens))
+        gaps.append(await disturbed(engine, rng, 8, 2 * tokens))
     await engine.close()
     return {
         "parameters": parameters,
@@ -208,8 +210,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     results: dict[str, Any] = {
