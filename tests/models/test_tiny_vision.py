@@ -1,7 +1,7 @@
 """The folder of `tiny-vision` is what it should be, and its training never drew what it is measured on.
 
-Its accuracy on held-out scenes stands in its card; what is asked of it (95 % of each skill, 90 % behind a history) is not
-reached yet, so no test here asserts it.
+Its accuracy on held-out scenes stands in its card; what is asked of it (95 % of each skill, 90 % behind a history) is
+not reached yet, so no test here asserts it.
 """
 
 from __future__ import annotations
