@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check format models clean
+.PHONY: help install serve test check format models tiny-chat tiny-vision clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -47,8 +47,11 @@ format: $(VENV)/installed-dev  ## let the formatter and the linter mend what the
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-models: $(VENV)/installed  ## train the two shipped models again (under an hour)
-	$(BIN)/python models/train.py all
+models: $(VENV)/installed  ## train the two shipped models again, side by side on two cores (45 minutes)
+	$(MAKE) -j2 tiny-chat tiny-vision
+
+tiny-chat tiny-vision: $(VENV)/installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python models/train.py $(@:tiny-%=%)
 
 clean:  ## remove what was built
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info
