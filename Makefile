@@ -47,7 +47,7 @@ format: $(VENV)/installed-dev  ## let the formatter and the linter mend what the
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-models: $(VENV)/installed  ## train the two shipped models again, side by side on two cores (45 minutes)
+models: $(VENV)/installed  ## train the two shipped models again, side by side (about 42 and 20 CPU minutes)
 	$(MAKE) -j2 tiny-chat tiny-vision
 
 tiny-chat tiny-vision: $(VENV)/installed
