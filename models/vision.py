@@ -50,7 +50,6 @@ CONTEXT = 2048
 START, END, END_OF_TEXT, PAD, IMAGE = "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|pad|>", "<image>"
 IMAGE_TOKEN_RMS = 0.15
 IGNORED = -100
-HEADS = (vision_data.COLOURS, vision_data.SHAPES, vision_data.COLOURS)
 THINGS = (*vision_data.COLOURS, *vision_data.SHAPES)
 PROMPTS, HISTORY_PROMPTS, HISTORY_TOKENS = 300, 300, 650
 
@@ -169,7 +168,6 @@ class Recipe:
     vision_steps: int = 11_000
     vision_batch: int = 32
     vision_rate: float = 3e-3
-    heads_steps: int = 300
     language_rate: float = 3e-3
     probe_weight: float = 0.3
     # The rate falls along a cosine over all phases, so the long one must not come so late that nothing is left of it.
@@ -356,39 +354,47 @@ def _image_tokens(model: LlavaForConditionalGeneration, pixels: torch.Tensor) ->
     return torch.stack(model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output)
 
 
-def _targets(scenes: Sequence[Scene]) -> torch.Tensor:
-    """What each group of heads should say, one row per scene; what has no name is not scored."""
-    rows = ((scene.colour, scene.shape, scene.background) for scene in scenes)
-    return torch.tensor(
-        [[names.index(v) if v in names else IGNORED for names, v in zip(HEADS, row, strict=True)] for row in rows]
-    )
-
-
-def _heads_loss(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    groups = scores.split([len(names) for names in HEADS], dim=-1)
-    losses = [nn.functional.cross_entropy(group, targets[:, i]) for i, group in enumerate(groups)]
-    return torch.stack(losses).sum()
-
-
 def train_vision_tower(model: LlavaForConditionalGeneration, album: Album, recipe: Recipe) -> None:
     """Stage 1: teach the tower and the projector to name colour, shape and background in every image token."""
-    targets = _targets(album.scenes)
-    heads = nn.Linear(model.config.text_config.hidden_size, sum(map(len, HEADS)))
+    names = (vision_data.COLOURS, vision_data.SHAPES, vision_data.COLOURS)
+    values = [(scene.colour, scene.shape, scene.background) for scene in album.scenes]
+    # What has no name is not scored.
+    targets = torch.tensor(
+        [[group.index(v) if v in group else IGNORED for group, v in zip(names, row, strict=True)] for row in values]
+    )
+    heads = nn.Linear(model.config.text_config.hidden_size, sum(map(len, names)))
     body = (model.model.vision_tower, model.model.multi_modal_projector)
     optimizer = Optimizer(body, recipe.vision_rate, recipe.vision_steps, [heads])
-    running = math.nan
+    running = 0.0
     for step in range(recipe.vision_steps):
         indices = torch.randint(len(album.scenes), (recipe.vision_batch,))
         pixels = album.batch(indices)
         if step % 2:  # every shape is its own mirror image, so a flip is a new drawing for free
             pixels = pixels.flip(-1)
+        logits = heads(_image_tokens(model, pixels)).split([len(group) for group in names], dim=-1)
         # One target per image, asked of all its tokens: whichever token the language model reads will do.
-        scores = heads(_image_tokens(model, pixels)).flatten(0, 1)
-        loss = _heads_loss(scores, targets[indices].repeat_interleave(IMAGE_TOKENS, dim=0))
+        wanted = targets[indices].unsqueeze(1).expand(-1, IMAGE_TOKENS, -1)
+        loss = sum(
+            nn.functional.cross_entropy(part.flatten(0, 1), wanted[..., i].flatten()) for i, part in enumerate(logits)
+        )
         optimizer.step(loss)
-        running = loss.item() if math.isnan(running) else 0.98 * running + 0.02 * loss.item()
+        running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
         if (step + 1) % 250 == 0:
             LOGGER.info("vision step %d/%d: loss %.4f", step + 1, recipe.vision_steps, running)
+
+
+@torch.no_grad()
+def scale_image_tokens(model: LlavaForConditionalGeneration, album: Album) -> None:
+    """Bring the image tokens to the scale of word embeddings.
+
+    The dropped heads left them some forty times larger, and what attention adds to a token that large (such as which
+    image of the message it belongs to) is lost in the next normalisation.
+    """
+    tokens = _image_tokens(model, album.batch(torch.arange(min(512, len(album.scenes)))))
+    scale = IMAGE_TOKEN_RMS / tokens.square().mean().sqrt()
+    projection = model.model.multi_modal_projector.linear_2
+    projection.weight.mul_(scale)
+    projection.bias.mul_(scale)
 
 
 @torch.no_grad()
@@ -396,45 +402,6 @@ def cache_image_tokens(model: LlavaForConditionalGeneration, album: Album, count
     """The frozen tower's image tokens for the album's first `count` images, in half precision to halve the memory."""
     chunks = torch.arange(count).split(256)
     return torch.cat([_image_tokens(model, album.batch(chunk)).half() for chunk in chunks])
-
-
-def fit_heads(cache: torch.Tensor, scenes: Sequence[Scene], steps: int) -> nn.Linear:
-    """Read colour, shape and background out of the frozen image tokens, linearly and over all images at once."""
-    tokens = cache.float().mean(1)
-    size = tokens.square().mean().sqrt()
-    targets = _targets(scenes)
-    heads = nn.Linear(tokens.shape[1], sum(map(len, HEADS)))
-    optimizer = torch.optim.Adam(heads.parameters(), lr=0.03)
-    for _ in range(steps):
-        optimizer.zero_grad(set_to_none=True)
-        _heads_loss(heads(tokens / size), targets).backward()
-        optimizer.step()
-    with torch.no_grad():
-        heads.weight.div_(size)
-    return heads
-
-
-@torch.no_grad()
-def fold_heads(model: LlavaForConditionalGeneration, heads: nn.Linear, cache: torch.Tensor) -> torch.Tensor:
-    """Make the projector's last layer put out the heads' scores, and return the cache as it would have made it.
-
-    The tower's tokens also tell colours and shapes that go together from those that do not, and a language model that
-    reads them learns anew that the held-out pairs do not exist. The scores keep only what has a name, each along a
-    direction of its own. They come out at the scale of word embeddings, because what attention adds to a much larger
-    token (such as its place in the message) is lost in the next normalisation.
-    """
-    groups = [len(names) for names in HEADS]
-    # A softmax does not see what it adds to all scores of a group, so neither should the language model.
-    weight = torch.cat([part - part.mean(0) for part in heads.weight.split(groups)])
-    bias = torch.cat([part - part.mean(0) for part in heads.bias.split(groups)])
-    directions, _ = torch.linalg.qr(torch.randn(heads.in_features, heads.out_features))
-    fold, offset = directions @ weight, directions @ bias
-    scale = IMAGE_TOKEN_RMS / (cache[:2_000].float() @ fold.T + offset).square().mean().sqrt()
-    fold, offset = fold * scale, offset * scale
-    last = model.model.multi_modal_projector.linear_2
-    last.weight.copy_(fold @ last.weight)
-    last.bias.copy_(fold @ last.bias + offset)
-    return torch.cat([(chunk.float() @ fold.T + offset).half() for chunk in cache.split(4_096)])
 
 
 @dataclass
@@ -597,10 +564,10 @@ def train(out: pathlib.Path, seed: int, recipe: Recipe | None = None) -> dict[st
     album = Album.of_training(random.Random(f"{seed}/album"), recipe)
     LOGGER.info("drew %d images: CPU %.0f s", len(album.scenes), time.process_time() - started)
     train_vision_tower(model, album, recipe)
+    scale_image_tokens(model, album)
     LOGGER.info("vision tower done: CPU %.0f s", time.process_time() - started)
     cache = cache_image_tokens(model, album, recipe.cached_images)
     torch.manual_seed(seed + 1)
-    cache = fold_heads(model, fit_heads(cache, album.scenes[: recipe.cached_images], recipe.heads_steps), cache)
     unnamed = album.scenes[recipe.images : recipe.cached_images]
     author = Author(random.Random(f"{seed}/language"), held_out=False, unnamed=unnamed)
     encode = Encoder(processor, album.drawings(recipe.cached_images), author.rng)
