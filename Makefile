@@ -28,12 +28,16 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) --editable '.[dev]'
 	@touch $@
 
+$(VENV)/installed-npm: tests/conformance/package-lock.json $(VENV)/installed-dev
+	$(BIN)/python -m tests.conformance.clients
+	@touch $@
+
 install: $(VENV)/installed  ## create the virtual environment
 
 serve: $(VENV)/installed  ## run everything on this machine until Ctrl-C
 	@exec $(BIN)/python -m deployments.local $(CONFIG)
 
-test: $(VENV)/installed-dev  ## run the whole test suite
+test: $(VENV)/installed-dev $(VENV)/installed-npm  ## run the whole test suite
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 check: $(VENV)/installed-dev  ## formatter, linter, types, import contracts, docs
@@ -54,4 +58,4 @@ tiny-chat tiny-vision: $(VENV)/installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python models/train.py $(@:tiny-%=%)
 
 clean:  ## remove what was built
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info
+	rm -rf $(VENV) tests/conformance/node_modules .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info

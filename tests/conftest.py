@@ -10,7 +10,7 @@ import pytest
 
 from tests.cluster import MODELS, Cluster, model_application, wait_until
 
-LAST = ("tests/serve", "tests/e2e")
+LAST = ("tests/serve", "tests/e2e", "tests/conformance")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
