@@ -1,0 +1,64 @@
+"""Percentiles, intervals and ratios of rounds."""
+
+import math
+import random
+
+import numpy
+import pytest
+
+from benchmarks.stats import bootstrap, paired_ratio, percentile, slope, summary
+
+
+@pytest.mark.parametrize("percent", [0, 10, 50, 90, 99, 100])
+def test_percentiles_are_those_of_numpy(percent: float) -> None:
+    rng = random.Random(1)
+    values = [rng.random() for _ in range(37)]
+    assert percentile(values, percent) == pytest.approx(float(numpy.percentile(values, percent)))
+
+
+def test_no_values_have_no_percentile() -> None:
+    assert math.isnan(percentile([], 50))
+    assert summary([], "ttft_ms", (99.0,)) == {
+        "mean_ttft_ms": None, "median_ttft_ms": None, "std_ttft_ms": None, "p99_ttft_ms": None,
+    }  # fmt: skip
+
+
+def test_a_summary_has_vllms_names() -> None:
+    found = summary([1.0, 2.0, 3.0], "ttft_ms", (50.0, 99.0))
+    assert found["mean_ttft_ms"] == found["median_ttft_ms"] == found["p50_ttft_ms"] == 2
+    assert found["std_ttft_ms"] == pytest.approx(float(numpy.std([1, 2, 3])))
+    assert found["p99_ttft_ms"] == pytest.approx(2.98)
+
+
+def test_an_interval_holds_the_true_median_as_often_as_it_says() -> None:
+    rng = random.Random(2)
+    held = 0
+    for trial in range(60):
+        found = bootstrap([rng.gauss(10, 2) for _ in range(15)], seed=trial)
+        assert found.low <= found.median <= found.high
+        held += found.low <= 10 <= found.high
+    assert held >= 51  # 95 % of 60 is 57; the percentile bootstrap of a median is a little narrow
+
+
+def test_few_rounds_have_their_extremes_as_interval() -> None:
+    found = bootstrap([3.0, 1.0, 2.0])
+    assert (found.median, found.low, found.high, found.rounds) == (2, 1, 3, 3)
+
+
+def test_a_ratio_is_of_pairs_and_not_of_medians() -> None:
+    # The second round ran on a slower machine: both did half as much, and the ratio is the same.
+    assert paired_ratio([300, 150, 300], [200, 100, 200]).median == 1.5
+    with pytest.raises(ValueError):
+        paired_ratio([1, 2], [1])
+
+
+def test_an_interval_crosses_a_target_that_it_leaves_open() -> None:
+    found = bootstrap([0.9, 1.0, 1.2])
+    assert found.crosses(1.1)
+    assert not found.crosses(0.8)
+    assert not found.crosses(1.3)
+
+
+def test_a_slope_is_that_of_the_line() -> None:
+    assert slope([(x, 3.0 * x + 1) for x in range(10)]) == pytest.approx(3)
+    assert slope([(1.0, 5.0)]) == 0
