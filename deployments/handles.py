@@ -31,6 +31,7 @@ from serve_app.domain.errors import (
 )
 from serve_app.domain.fleet import FleetView
 from serve_app.domain.generation import Finish, GenerationRequest, Item
+from serve_app.domain.rotation_view import HISTORY, RotationView
 from serve_app.domain.routing import Admission, Ask
 from serve_app.frames import Inbox, Mailbox, unpack
 
@@ -106,7 +107,10 @@ class RouterHandle:
     async def view(self) -> FleetView:
         return await self._call("view")  # type: ignore[no-any-return]
 
-    async def command(self, action: str, model: str, **arguments: Any) -> dict[str, Any]:
+    async def rotation(self, history: int = HISTORY) -> RotationView:
+        return await self._call("rotation", history)  # type: ignore[no-any-return]
+
+    async def command(self, action: str, model: str = "", **arguments: Any) -> dict[str, Any]:
         return await self._call("command", action, model, arguments)  # type: ignore[no-any-return]
 
     async def _call(self, method: str, *args: Any) -> Any:

@@ -196,6 +196,7 @@ class ModelReplica:
             replica_id=self._link.replica_id,
             state=self._state(counters),
             pid=os.getpid(),
+            node=self._link.node_id,
             engine=self._engine.description if self._engine else None,
             reason=self._failure.message if self._failure else None,
             failure=self._failure.to_dict() if self._failure else None,

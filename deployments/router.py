@@ -10,20 +10,25 @@ import time
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import ray
 from ray import serve
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.serve import RunTarget
 from ray.serve.handle import DeploymentHandle
 
 from deployments import model as model_deployment
+from deployments.capacity import Nodes
+from deployments.demand import local_model, parts_of
 from deployments.handles import answering, forever, translate
 from deployments.remotes import UPSTREAM_BUILDER, Remotes
-from deployments.room import room_for
 from serve_app.config import GatewayArgs, ModelArgs, UpstreamArgs, load, read_models
 from serve_app.config.sources import PLATFORM
 from serve_app.domain.catalog import LOCAL_PROVIDER, RESIDENT, Catalogue, Entry, ModelInfo, application_name
 from serve_app.domain.errors import InvalidConfig, InvalidInput, RotundaError
 from serve_app.domain.fleet import Fleet, FleetView, ProviderStatus, Report
+from serve_app.domain.rotation import Rotation
+from serve_app.domain.rotation_events import CapacityChanged, Gone, Heartbeat, Registered, Tick
+from serve_app.domain.rotation_view import HISTORY, RotationView, view_of
 from serve_app.domain.routing import Admission, Ask, Granted, Lease, choose
 from serve_app.domain.upstreams import UpstreamReport
 from serve_app.engines import registry
@@ -65,11 +70,14 @@ class Router:
         self._pinned: set[str] = set()
         """Models that an operator pinned since this router started, beside those whose arguments say so."""
         self._epoch = time.time_ns()
+        self._nodes = Nodes(self._platform.capacity)
+        self._rotation = Rotation(time.time())
         self._scanned = asyncio.Event()
         loop = asyncio.get_running_loop()
         self._tasks = [
             loop.create_task(forever(self._look_at_store, SCAN_S)),
             loop.create_task(forever(self._look_at_serve, POLL_S)),
+            loop.create_task(forever(self._look_at_nodes, POLL_S)),
         ]
 
     @answering
@@ -100,6 +108,12 @@ class Router:
         """A replica says how it is; the answer is whether its model is pinned."""
         entry = next((entry for entry in self._catalogue.entries if entry.application == report.application), None)
         self._fleet.hear(report, time.time(), entry.info.revision if entry and entry.info else "")
+        if entry is not None:
+            node = self._nodes.name_of(report.node)
+            beat = Heartbeat(
+                entry.full_name, report.replica_id, node, report.state, report.running, report.memory_bytes
+            )
+            self._rotation.handle(beat, time.time())
         return entry is not None and entry.full_name in self._pinned
 
     async def upstream_heartbeat(self, report: UpstreamReport) -> bool:
@@ -112,6 +126,9 @@ class Router:
         """A replica ends; one that is killed is missed after ``REPORT_TTL_S``."""
         self._remotes.forget(application, replica_id)
         self._fleet.forget(application, replica_id)
+        for entry in self._catalogue.entries:
+            if entry.application == application and not entry.shared:
+                self._rotation.handle(Gone(entry.full_name, replica_id), time.time())
 
     @answering
     async def view(self) -> FleetView:
@@ -121,6 +138,12 @@ class Router:
         now = time.time()
         self._fleet.prune(now)
         return self._fleet.view(self._catalogue, now, pinned, self._providers(), self._serve.notes)
+
+    @answering
+    async def rotation(self, history: int = HISTORY) -> RotationView:
+        """What holds memory, who waits, and the last decisions."""
+        names = {entry.full_name: self._catalogue.name_of(entry) for entry in self._catalogue.entries}
+        return view_of(self._rotation, time.time(), lambda name: names.get(name, name), history)
 
     @answering
     async def command(self, action: str, model: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +169,9 @@ class Router:
             return {"verdict": "resident", "reason": "it is in memory"}
         if entry.shared:
             return {"verdict": "fits", "reason": f"{entry.provider} makes room for it by itself"}
-        return await asyncio.to_thread(room_for, self._args_of(entry), entry.info)
+        plan = self._rotation.plan(entry.full_name).to_json()
+        parts = await asyncio.to_thread(parts_of, self._args_of(entry), entry.info)
+        return {**plan, "model": self._catalogue.name_of(entry), "bytes": parts}
 
     async def _load(self, entry: Entry, name: str) -> None:
         choose(Ask("load", name, frozenset()), self._catalogue, self._fleet.at(time.time()))
@@ -180,6 +205,11 @@ class Router:
             await self._remotes.look(self._serve.upstreams, self._serve.running)
         self._rebuild()
 
+    async def _look_at_nodes(self) -> None:
+        if self._nodes.look(await asyncio.to_thread(ray.nodes)):
+            self._rotation.handle(CapacityChanged(LOCAL_PROVIDER, self._nodes.nodes), time.time())
+        self._rotation.handle(Tick(), time.time())
+
     async def _refresh(self) -> None:
         await asyncio.gather(self._look_at_store(), self._look_at_serve())
 
@@ -208,6 +238,9 @@ class Router:
         for args in (*self._defaults.values(), *self._serve.models.values()):
             aliases |= dict.fromkeys(args.aliases, args.model)
         self._catalogue = Catalogue(entries, aliases)
+        for entry in self._catalogue.entries:
+            if not entry.shared:
+                self._rotation.handle(Registered(local_model(entry, self._args_of(entry))), time.time())
 
     def _providers(self) -> tuple[ProviderStatus, ...]:
         local = [entry for entry in self._catalogue.entries if not entry.shared]

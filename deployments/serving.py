@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
@@ -55,6 +56,7 @@ class RouterLink:
     def __init__(self) -> None:
         context = serve.get_replica_context()
         self.application, self.replica_id = context.app_name, str(context.replica_id.unique_id)
+        self.node_id = str(ray.get_runtime_context().get_node_id())
         self._router: DeploymentHandle[Any] = DeploymentHandle(*ROUTER)
 
     async def tell(self, method: str, *args: Any) -> Any:

@@ -23,6 +23,7 @@ from serve_app.domain.errors import DeadlineExceeded, InvalidInput, Phase, Provi
 from serve_app.domain.events import Loading, Queued, Switched
 from serve_app.domain.fleet import FleetView
 from serve_app.domain.generation import Accepted, Delta, Finish, GenerationRequest, Item, Timing
+from serve_app.domain.rotation_view import HISTORY, RotationView
 from serve_app.domain.routing import Admission, Ask, Candidate, Granted, Route, Waiting
 from serve_app.watchdog import Watchdog
 
@@ -40,8 +41,23 @@ class Router(Protocol):
 
     async def view(self) -> FleetView: ...
 
-    async def command(self, action: str, model: str, **arguments: Any) -> dict[str, Any]:
-        """``load``, ``unload``, ``pin`` or ``plan`` a model; the answer is JSON values."""
+    async def rotation(self, history: int = HISTORY) -> RotationView:
+        """What holds memory, who waits, and the last ``history`` decisions."""
+        ...
+
+    async def command(self, action: str, model: str = "", **arguments: Any) -> dict[str, Any]:
+        """Act for an operator; the answer is JSON values.
+
+        * ``load``, ``unload``, ``pin`` (``pinned``: bool) a model: ``{model, state, reason}`` as it is right after.
+        * ``plan`` a model without acting: the fields of ``Plan.to_json`` (``verdict`` is resident, loading, fits,
+          evicts, waits, never_fits or refused) and ``bytes``, what it needs part by part.
+        * ``set_rotation`` (``add``, ``remove``: lists of names): which models may be used at all; ``{removed}``.
+        * ``emergency_cleanup``: every idle unpinned model leaves now; ``{evicting}``.
+
+        Raises:
+            ModelNotFound, ModelAmbiguous: as ever.
+            InvalidInput: no such action, or it contradicts a pin.
+        """
         ...
 
 

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from serve_app.domain.catalog import Capability, Catalogue, Entry, ModelInfo, Mo
 from serve_app.domain.embeddings import Embeddings
 from serve_app.domain.fleet import Failed, Fleet, FleetView, ProviderStatus, Report
 from serve_app.domain.generation import GenerationRequest, Item
+from serve_app.domain.rotation_view import HISTORY, RotationView
 from serve_app.domain.routing import Admission, Ask, Granted, Lease, Waiting, choose
 from serve_app.engines.base import EngineOptions
 from serve_app.engines.scripted import ScriptedEngine
@@ -47,6 +48,7 @@ MODELS = (
     ModelInfo("org/name:tag", "", capabilities=CHAT, context_length=64),
 )
 """What a platform offers unless a test says otherwise; the first is the default model."""
+_CHANGES = ("add", "remove")
 
 
 def entry_of(info: ModelInfo) -> Entry:
@@ -65,6 +67,8 @@ class LocalRouter:
             ProviderStatus("huggingface", "huggingface", "ok", len(self.catalogue.entries)),
         )
         self.notes: tuple[str, ...] = ()
+        self.rotation_view = RotationView()
+        self.removed: set[str] = set()
         self.asked: list[Ask] = []
         self.cancelled: list[str] = []
         self._held: dict[str, tuple[int, str]] = {}
@@ -104,7 +108,19 @@ class LocalRouter:
     async def view(self) -> FleetView:
         return self.fleet.view(self.catalogue, 0.0, self.pinned, self.providers, self.notes)
 
-    async def command(self, action: str, model: str, **arguments: Any) -> dict[str, Any]:
+    async def rotation(self, history: int = HISTORY) -> RotationView:
+        return replace(self.rotation_view, history=self.rotation_view.history[-history:] if history else ())
+
+    async def command(self, action: str, model: str = "", **arguments: Any) -> dict[str, Any]:
+        if action == "set_rotation":
+            changes = {kind: {self.catalogue.resolve(name).id for name in arguments.get(kind, ())} for kind in _CHANGES}
+            self.removed = (self.removed | changes["remove"]) - changes["add"]
+            return {"removed": sorted(self.removed)}
+        if action == "emergency_cleanup":
+            idle = [entry.id for entry in self.catalogue.entries if entry.full_name not in self.pinned]
+            for name in idle:
+                self.put(name, ModelState.COLD)
+            return {"evicting": idle}
         entry = self.catalogue.resolve(model)
         if action == "load":
             self.put(entry.id, ModelState.READY)

@@ -26,12 +26,14 @@ from serve_app.domain.rotation_state import State
 class Verdict(StrEnum):
     """What asking for a model now would lead to."""
 
-    READY = "ready"
+    READY = "resident"
     LOADING = "loading"
     FITS = "fits"
-    EVICTS = "fits after evicting"
-    WAITS = "waits for a busy model"
-    NEVER = "never fits"
+    EVICTS = "evicts"
+    """It fits after others have left."""
+    WAITS = "waits"
+    """For a model that is busy, or too new to leave."""
+    NEVER = "never_fits"
     REFUSED = "refused"
 
 
@@ -61,7 +63,7 @@ class Plan:
             "verdict": self.verdict.value,
             "reason": self.reason,
             "node": self.node,
-            "victims": list(self.victims),
+            "evicts": list(self.victims),
             "etaMs": None if self.eta_s is None else round(1000 * self.eta_s),
             "demand": self.demand.to_json(),
             "capacity": self.capacity.to_json(),

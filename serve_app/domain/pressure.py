@@ -20,6 +20,8 @@ class Pressure:
     """The level of one node. It rises with the measure at once and falls only ``hysteresis`` below a threshold."""
 
     level: Level = Level.CALM
+    fraction: float | None = None
+    """What was measured last."""
 
     def measure(self, fraction: float, limits: Limits) -> list[Level]:
         """Take the fraction of memory in use; returns the thresholds that were crossed upwards just now."""
@@ -28,7 +30,7 @@ class Pressure:
             (Level.CLEANUP, limits.cleanup),
             (Level.CRITICAL, limits.critical),
         )
-        before = self.level
+        before, self.fraction = self.level, fraction
         reached = max((level for level, at in thresholds if fraction >= at), default=Level.CALM)
         kept = max(
             (level for level, at in thresholds if level <= before and fraction >= at - limits.hysteresis),

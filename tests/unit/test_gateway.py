@@ -21,6 +21,7 @@ from serve_app.domain.errors import (
 from serve_app.domain.events import Loading, Queued, Switched
 from serve_app.domain.fleet import FleetView
 from serve_app.domain.generation import Accepted, Delta, Finish, FinishReason, GenerationRequest, Item, Message, Usage
+from serve_app.domain.rotation_view import HISTORY, RotationView
 from serve_app.domain.routing import Admission, Ask, Candidate, Granted, Lease, Route, Waiting
 from serve_app.gateway import Completed, Gateway, Limits, Step
 
@@ -86,7 +87,10 @@ class ScriptedRouter:
     async def view(self) -> FleetView:
         return FleetView()
 
-    async def command(self, action: str, model: str, **arguments: Any) -> dict[str, Any]:
+    async def rotation(self, history: int = HISTORY) -> RotationView:
+        return RotationView()
+
+    async def command(self, action: str, model: str = "", **arguments: Any) -> dict[str, Any]:
         return {}
 
 

@@ -231,7 +231,7 @@ def test_plan_answers_without_acting() -> None:
         GIB,
         GIB,
     )
-    assert evicts.eta_s == 6 + QUICK.retire_s and evicts.to_json()["verdict"] == "fits after evicting"
+    assert evicts.eta_s == 6 + QUICK.retire_s and evicts.to_json()["verdict"] == "evicts"
     world.ask("t1", "A")
     waits = world.rotation.plan("B")
     assert waits.verdict is Verdict.WAITS and waits.reason == "A would be asked to drain"
