@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
 from typing import Any, Literal
 
+from serve_app.domain.continuation import Continuation
 from serve_app.domain.errors import InvalidInput
 from serve_app.domain.tools import NO_TOOLS, ToolCall, ToolCallPart, ToolUse
 
@@ -183,7 +184,8 @@ class GenerationRequest:
     ``context_policy``: whether turns that do not fit the model's context are dropped (oldest first, never the system
     prompt or the last message) or refused. ``continue_final``: go on with the last, unfinished assistant message.
     ``raw``: the text of the only message is the prompt as the model reads it, control tokens included, without a chat
-    template. ``tools``: what the model may call.
+    template. ``tools``: what the model may call. ``continuation``: what the reply has come to already. ``draw_seed``:
+    seeds the sampling where the options give no seed, so that another replica can go on with the same draws.
     """
 
     request_id: str
@@ -197,6 +199,8 @@ class GenerationRequest:
     trace: Mapping[str, str] = field(default_factory=dict)
     tools: ToolUse = NO_TOOLS
     raw: bool = False
+    continuation: Continuation | None = None
+    draw_seed: int | None = None
 
     def __post_init__(self) -> None:
         if not self.messages:
@@ -205,6 +209,8 @@ class GenerationRequest:
             raise InvalidInput("A raw prompt is one text.")
         if self.tools.forced and (self.options.ends_early or self.options.response_format):
             raise _wrong("tool_choice", "A forced tool call goes with neither stop, minTokens nor a response format.")
+        if self.continuation is not None and (self.tools.forced or self.options.response_format):
+            raise InvalidInput("A reply that must have a form cannot be continued.")
         last = self.messages[-1]
         if self.continue_final:
             if last.role is not Role.ASSISTANT:
@@ -221,6 +227,21 @@ class GenerationRequest:
         """Whether the prompt speaks of tools: offered ones, or calls and results in the history."""
         spoken = any(message.tool_calls or message.role is Role.TOOL for message in self.messages)
         return self.tools.offered or spoken
+
+    @property
+    def seed(self) -> int | None:
+        """What the sampling is seeded with; None: nobody can repeat it."""
+        return self.options.seed if self.options.seed is not None else self.draw_seed
+
+    def begun(self, text: str) -> GenerationRequest:
+        """The same request for a reply that begins with ``text`` (its last blanks left out, see Continuation)."""
+        *before, last = self.messages
+        text = text.rstrip()
+        if self.raw or self.continue_final:
+            messages = (*before, replace(last, parts=(*last.parts, Text(text))))
+        else:
+            messages = (*self.messages, Message.of(Role.ASSISTANT, text))
+        return replace(self, messages=messages, continue_final=not self.raw, continuation=None)
 
 
 class FinishReason(StrEnum):
@@ -283,10 +304,15 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """First item of every stream: the prompt was rendered and fits. ``dropped`` counts turns left out of it."""
+    """First item of every stream: the prompt was rendered and fits. ``dropped`` counts turns left out of it.
+
+    ``revision`` is the model's, where its token ids can be continued (:class:`Continuation`). A reply that is continued
+    has the same ``prompt_tokens`` when it is continued by ids; by text they include the text so far.
+    """
 
     prompt_tokens: int
     dropped: int = 0
+    revision: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,6 +333,10 @@ class TokenLogprob:
 @dataclass(frozen=True, slots=True)
 class Delta:
     """Text that will not be taken back, with the ids of the tokens that made it.
+
+    The ids of all deltas of an attempt so far, joined, are its tokens so far, with nothing left out; their texts joined
+    are the answer so far, and a delta's offset is the length of that (in code points) before it. A continued reply
+    gives only deltas that follow (:class:`Continuation`).
 
     ``reasoning`` is what the model thinks before it answers, kept apart from ``text``; ``tool_calls`` are parts of
     calls, in order. ``logprobs`` belong to the tokens of ``text``, when they were asked for.
@@ -336,7 +366,10 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """Last item of every stream that succeeds. ``stop`` is the stop string that ended it, if one did."""
+    """Last item of every stream that succeeds. ``stop`` is the stop string that ended it, if one did.
+
+    ``usage`` of a reply that was continued holds the completion tokens that came after the :class:`Continuation`.
+    """
 
     reason: FinishReason
     usage: Usage

@@ -79,9 +79,9 @@ class SoloDecoder:
         return [first, *[None] * (len(jobs) - 1)]
 
     def _read(self, job: Job) -> int:
-        self.check_ids(job.prompt.ids)
-        tokens, arguments = self._first_arguments(job.prompt.ids, job.prompt.inputs)
-        sampler = self.sampler(job, tokens.shape[1])
+        self.check_ids([*job.prompt.ids, *job.tokens])
+        tokens, arguments = self._first_arguments(job.prompt.ids, job.prompt.inputs, job.tokens)
+        sampler = self.sampler(job, tokens.shape[1] - len(job.tokens))
         logits, arguments = self._forward(tokens, arguments, first=True)
         job.state = _State(sampler, arguments)
         return sampler.pick(logits, tokens[0].tolist())
@@ -92,7 +92,7 @@ class SoloDecoder:
             raise InvalidInput("The prompt holds a token that the model does not know.")
 
     def sampler(self, job: Job, read: int) -> Sampler:
-        """The sampler of a job whose decoder has ``read`` tokens before its first own one."""
+        """The sampler of a job whose decoder has ``read`` tokens before the reply."""
         return Sampler.of(job, self._defaults, tuple(self._ends), read)
 
     def advance(self, jobs: Sequence[Job]) -> list[int | Exception]:
@@ -114,22 +114,28 @@ class SoloDecoder:
         begin = [self._start_token()] if self._config.is_encoder_decoder else list(job.prompt.ids)
         return [*begin, *job.tokens]
 
-    def _first_tokens(self, ids: Sequence[int]) -> torch.Tensor:
-        """What the decoder reads first: the prompt, or the start token where an encoder reads the prompt."""
+    def _first_tokens(self, ids: Sequence[int], reply: Sequence[int]) -> torch.Tensor:
+        """What the decoder reads first: the prompt, or the start token where an encoder reads the prompt; then what
+        there is of the reply."""
         first = [self._start_token()] if self._config.is_encoder_decoder else list(ids)
-        return torch.tensor([first], device=self._device)
+        return torch.tensor([[*first, *reply]], device=self._device)
 
-    def _first_arguments(self, ids: Sequence[int], inputs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
-        tokens = torch.tensor([list(ids)], device=self._device)
+    def _first_arguments(
+        self, ids: Sequence[int], inputs: Any, reply: Sequence[int] = ()
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        more = [] if self._config.is_encoder_decoder else list(reply)
+        tokens = torch.tensor([[*ids, *more]], device=self._device)
         arguments: dict[str, Any] = {"use_cache": self.cached, "attention_mask": torch.ones_like(tokens)}
         for name, value in inputs.items():
             arguments[name] = value.to(self._device)
+            if more and value.shape == (1, len(ids)):  # a kind for each token; that of text is 0
+                arguments[name] = torch.nn.functional.pad(arguments[name], (0, len(more)))
             if value.is_floating_point():
                 arguments[name] = arguments[name].to(self._model.dtype)
         if self._config.is_encoder_decoder:
             encoder = self._model.get_encoder()
             arguments["encoder_outputs"] = encoder(tokens, attention_mask=arguments["attention_mask"], return_dict=True)
-        return self._first_tokens(ids), arguments
+        return self._first_tokens(ids, reply), arguments
 
     def _start_token(self) -> int:
         token = self._defaults.decoder_start_token_id

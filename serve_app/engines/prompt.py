@@ -14,6 +14,9 @@ with ``"\\nUser:"`` as a further stop string. An encoder-decoder model without a
 instructions: it reads the system text and the newest message, and cannot continue a reply.
 
 A raw prompt (``GenerationRequest.raw``) is read as it stands, control tokens included.
+
+A reply that is continued by the ids of its tokens has the same prompt as ever, and begins with them. One that is
+continued by text has that text as its last, unfinished message.
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ NAMES = {Role.USER: "User", Role.ASSISTANT: "Assistant"}
 BREAK = "\u200b"
 TAIL = 64
 """Tokens at the end of a prompt in which a template may begin the reasoning."""
+SEEN = 16
+"""Characters at the end of a continued prompt that are compared with the text to continue."""
 
 
 class Grammars(Protocol):
@@ -61,7 +66,8 @@ class Prompt:
     """What the engine runs: ``max_tokens`` is clipped to the context, ``stops`` are the request's and the format's.
 
     ``constraint``: what the reply must look like (:class:`serve_app.engines.sampling.Constraint`), or None.
-    ``thinking``: whether the model begins within its reasoning.
+    ``thinking``: whether the model begins within its reasoning. ``begun``: tokens that the reply has already; they
+    count towards ``max_tokens``, which is 0 when nothing may follow what others made.
     """
 
     ids: tuple[int, ...]
@@ -71,6 +77,12 @@ class Prompt:
     inputs: Mapping[str, Any] = field(default_factory=dict, repr=False)
     constraint: Any = None
     thinking: bool = False
+    begun: tuple[int, ...] = ()
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the reply has all the tokens that it may have."""
+        return len(self.begun) >= self.max_tokens
 
 
 class Prompter:
@@ -125,6 +137,26 @@ class Prompter:
             InvalidInput, PayloadTooLarge, UnsupportedMedia: by its content.
             Exception: what template, tokenizer and processor raise; for :func:`serve_app.engines.faults.translate`.
         """
+        if (begun := request.continuation) is None:
+            return self._build(request, request.options.max_tokens or self._max_tokens)
+        most = (request.options.max_tokens or self._max_tokens) - begun.spent_before
+        beginning = begun.beginning.rstrip()
+        prompt = self._go_on(request, beginning, max(1, most)) if beginning else self._build(request, max(1, most))
+        return replace(prompt, max_tokens=min(prompt.max_tokens, max(0, most)), begun=begun.token_ids)
+
+    def _go_on(self, request: GenerationRequest, beginning: str, max_tokens: int) -> Prompt:
+        """The prompt of a reply that begins with this text. Some templates leave out a part of it, or add something."""
+        refusal = CapabilityMissing("This model's chat template cannot continue a reply.")
+        try:
+            prompt = self._build(request.begun(beginning), max_tokens)
+        except ValueError as fault:  # transformers does not find the text in what the template made
+            raise refusal from fault
+        end = str(self._tokenizer.decode(list(prompt.ids[-TAIL:]), skip_special_tokens=False))
+        if not end.rstrip().endswith(beginning[-SEEN:].lstrip()):
+            raise refusal
+        return prompt
+
+    def _build(self, request: GenerationRequest, max_tokens: int) -> Prompt:
         self._check(request)
         pictures: dict[int, Any] = {}
 
@@ -139,7 +171,7 @@ class Prompter:
             render=lambda messages: render(messages, request, picture),
             length=lambda rendered: len(rendered.ids),
             limit=self._context_length,
-            max_tokens=request.options.max_tokens or self._max_tokens,
+            max_tokens=max_tokens,
             policy=request.context_policy,
         )
         plain_stops = () if self.has_template or self._encoder_decoder or request.raw else PLAIN_STOPS

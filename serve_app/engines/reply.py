@@ -92,8 +92,9 @@ class Format:
         names = [tool.name for tool in request.tools.tools]
         if self.tokens and (marks or reads):
             detokenizer = MarkedDetokenizer(detokenizer, self.tokens)
+        after = request.continuation.beginning if request.continuation else ""
         return ReplyStream(
-            TextStream(detokenizer, () if form is not None else stops),
+            TextStream(detokenizer, () if form is not None else stops, after),
             Splitter(marks, thinking) if marks else None,
             reader_for(self.family or "", names, request.tools.forced) if reads else None,
             request,
@@ -145,6 +146,12 @@ class ReplyStream:
     def reason(self, reason: FinishReason) -> FinishReason:
         """Why the reply ended, for the client: ``reason`` unless it called tools."""
         return FinishReason.TOOL_CALLS if self._calls and reason is FinishReason.STOP else reason
+
+    def replay(self, tokens: Sequence[int]) -> None:
+        """The tokens that an earlier attempt gave away: nothing of them is told again."""
+        for text in self._text.replay(tokens):
+            self._read(Delta(text))
+        self._held = Delta("")
 
     def push(self, token: int) -> Delta | None:
         """The next token; returns what can be given away now."""

@@ -6,6 +6,7 @@ allows, temperature, top-k, top-p, min-p, draw.
 
 from __future__ import annotations
 
+import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ COLDEST = 1e-5
 
 LIKELIEST = 1024
 """Tokens that are looked at first for top-p."""
+WORD = 2**64 - 1
 
 
 class Constraint(Protocol):
@@ -45,10 +47,13 @@ class Sampler:
     """Chooses tokens for one request. What the request leaves open comes from the checkpoint's generation config.
 
     Temperature 0, or an open one where the checkpoint does not sample, takes the likeliest token. A seed makes the
-    draws repeatable on the same machine and software with the same neighbours in the batch. ``prompt_length`` counts
-    what the decoder reads before its first own token.
+    draws repeatable on the same machine and software with the same neighbours in the batch. Draw number ``n`` (from 0)
+    depends on the seed and ``n`` alone, so a reply can be gone on with elsewhere. ``prompt_length`` counts what the
+    decoder reads before the reply.
 
     Args:
+        seed: of the draws; None for one that nobody knows.
+        reply: tokens that the reply has already.
         ends: the tokens that end a reply.
         constraint: what the reply must look like; this sampler advances it.
         logprobs: takes a :class:`Picked` for every token, when the request asks for log-probabilities.
@@ -62,6 +67,8 @@ class Sampler:
         prompt_length: int,
         constraint: Constraint | None = None,
         logprobs: list[Picked] | None = None,
+        seed: int | None = None,
+        reply: Sequence[int] = (),
     ) -> None:
         unasked = options.temperature is None
         temperature = _first(options.temperature, defaults.temperature, 1.0)
@@ -75,17 +82,19 @@ class Sampler:
         self._top_k = int(_first(options.top_k, defaults.top_k, 0))
         self._top_p = float(_first(options.top_p, defaults.top_p, 1.0))
         self._min_p = float(_first(options.min_p, defaults.min_p, 0.0))
+        self._seed = secrets.randbits(63) if seed is None else seed
+        self._draws = len(reply)
         self._generator = torch.Generator()
-        if options.seed is not None:
-            self._generator.manual_seed(options.seed)
-        else:
-            self._generator.seed()
+        for token in reply:
+            self._bias.accept(token)
 
     @classmethod
     def of(cls, job: Any, defaults: Any, ends: Sequence[int], prompt_length: int) -> Sampler:
         """The sampler of a :class:`serve_app.engines.worker.Job`."""
-        told = job.stream.picked
-        return cls(job.request.options, defaults, ends, prompt_length, job.prompt.constraint, told)
+        request, told = job.request, job.stream.picked
+        return cls(
+            request.options, defaults, ends, prompt_length, job.prompt.constraint, told, request.seed, job.tokens
+        )
 
     @property
     def needs_ids(self) -> bool:
@@ -120,6 +129,7 @@ class Sampler:
         if self._constraint is not None:
             self._constraint.accept(token)
         self._bias.accept(token)
+        self._draws += 1
         if self._top is not None:
             self._told.append(_told(model, token, self._top))
         return token
@@ -141,6 +151,7 @@ class Sampler:
         if self.greedy:
             return int(scores.argmax())
         weights, tokens = narrowed(scores / self._temperature, self._top_k, self._top_p, self._min_p)
+        self._generator.manual_seed(_draw_seed(self._seed, self._draws))
         place = int(torch.multinomial(weights.cpu(), 1, generator=self._generator))
         return place if tokens is None else int(tokens[place])
 
@@ -153,6 +164,17 @@ class Sampler:
         scores = scores.masked_fill(~allowed, -torch.inf)
         # A checkpoint may forbid by its own settings all that the grammar leaves; then the grammar counts.
         return scores if bool(scores.isfinite().any()) else model.masked_fill(~allowed, -torch.inf)
+
+
+def _draw_seed(seed: int, number: int) -> int:
+    """32 bits (torch's generator takes no more) for one draw: SplitMix64's output function of its ``number``-th state.
+
+    https://prng.di.unimi.it/splitmix64.c
+    """
+    state = (seed + (number + 1) * 0x9E3779B97F4A7C15) & WORD
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & WORD
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & WORD
+    return (state ^ (state >> 31)) >> 32
 
 
 class _Bias:

@@ -10,6 +10,10 @@ between ``<tool_call>`` and ``</tool_call>``, are told apart from the text as an
 reply itself, a JSON list. Each token has the log-probability -0.5, and its alternatives are ``alternative 1`` and so on
 with -1, -2, … No form of the reply is enforced: it is the script's.
 
+**Continuing.** A reply that broke off goes on with the token after those of its ids, or, by text, after as many tokens
+as that has words, whoever made them. With ``continues=restart`` it begins anew, as a server that does not know what a
+begun reply is, and with ``continues=refuse`` it says that it cannot.
+
 **Pace.** With its slot at ``t0``, token ``n`` is due at ``t0 + ttft + n · pace`` exactly: a late token does not delay
 those after it.
 
@@ -24,6 +28,7 @@ setting      meaning                                                    default
 ``ttft``     seconds to the first token                                 0
 ``pace``     seconds between tokens                                     0
 ``echo``     reply with the last message, directives left out           false
+``continues``  ``text``, ``restart`` or ``refuse``                      text
 ``fail_at``  fail after so many tokens; without it ``error`` refuses
              the request before it is accepted                          none
 ``error``    the code of the failure                                    GENERATION_FAILED
@@ -41,21 +46,15 @@ An unknown setting, or a value that cannot be read, is refused: :class:`InvalidC
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 from serve_app.domain.catalog import Capability, ModelInfo
-from serve_app.domain.errors import (
-    CapabilityMissing,
-    InvalidConfig,
-    InvalidInput,
-    RotundaError,
-    error_from_dict,
-)
+from serve_app.domain.continuation import Continuation
+from serve_app.domain.errors import CapabilityMissing, RotundaError, error_from_dict
 from serve_app.domain.generation import (
     Accepted,
     EngineTiming,
@@ -71,14 +70,12 @@ from serve_app.engines.context import Fitted, fit
 from serve_app.engines.ledger import Ledger, Line, Outcome, Place, check_room, shutting_down
 from serve_app.engines.reasoning import FAMILIES
 from serve_app.engines.reply import Format, Picked, ReplyStream
+from serve_app.engines.script import Script, read_directives, read_extra, reply_length, reply_pieces
 from serve_app.engines.text import Detokenizer
 from serve_app.engines.tools import HERMES
 
-DEFAULT_TOKENS = 16
 TOKENS_PER_IMAGE = 16
-DIRECTIVE = re.compile(r"\[\[(.*?)\]\]", re.DOTALL)
 FORMAT = Format(FAMILIES[0], HERMES)
-EXTRA_ONLY = ("text", "load_s", "load_error", "directives")
 
 
 class Clock(Protocol):
@@ -87,108 +84,6 @@ class Clock(Protocol):
     def time(self) -> float: ...
 
     def call_at(self, when: float, callback: Callable[..., Any], *args: Any) -> asyncio.TimerHandle: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Script:
-    """The settings of one reply; see the module's table."""
-
-    tokens: int | None = None
-    ttft: float = 0.0
-    pace: float = 0.0
-    echo: bool = False
-    fail_at: int | None = None
-    error: str | None = None
-    hang_at: int | None = None
-    text: str | None = None
-    load_s: float = 0.0
-    load_error: str | None = None
-    directives: bool = True
-
-    def failure(self) -> RotundaError:
-        code = self.error or "GENERATION_FAILED"
-        return error_from_dict({"code": code, "message": "The script asked for this failure."})
-
-
-def read_setting(name: str, value: object) -> Any:
-    """A setting's value, of the right type.
-
-    Raises:
-        ValueError: no such setting, or not a value for it.
-    """
-    if name in ("tokens", "fail_at", "hang_at"):
-        return _at_least_zero(int(str(value)))
-    if name in ("ttft", "pace", "load_s"):
-        return _at_least_zero(float(str(value)))
-    if name in ("echo", "directives") and str(value).lower() in ("true", "false"):
-        return str(value).lower() == "true"
-    if name in ("error", "load_error") and error_from_dict({"code": value}).code == value:
-        return value
-    if name == "text":
-        return str(value)
-    raise ValueError(name)
-
-
-def _at_least_zero(number: Any) -> Any:
-    if not 0 <= number < float("inf"):
-        raise ValueError(number)
-    return number
-
-
-def read_extra(extra: tuple[tuple[str, object], ...]) -> Script:
-    """The engine's settings.
-
-    Raises:
-        InvalidConfig: an unknown one, or a value that cannot be read.
-    """
-    known = {field.name for field in fields(Script)}
-    values: dict[str, Any] = {}
-    for name, value in extra:
-        if name not in known:
-            raise InvalidConfig(f"The scripted engine has no setting {name!r}; it has {', '.join(sorted(known))}.")
-        try:
-            values[name] = read_setting(name, value)
-        except (ValueError, OverflowError) as fault:
-            raise InvalidConfig(f"{value!r} is no value for the scripted engine's {name}.") from fault
-    return Script(**values)
-
-
-def read_directives(script: Script, message: Message) -> Script:
-    """``script`` as the directives in the message change it.
-
-    Raises:
-        InvalidInput: a directive that cannot be read.
-    """
-    values: dict[str, Any] = {}
-    for inner in DIRECTIVE.findall(message.text) if script.directives else ():
-        for word in inner.split():
-            name, equals, value = word.partition("=")
-            try:
-                if not equals or name in EXTRA_ONLY:
-                    raise ValueError(word)
-                values[name] = read_setting(name, value)
-            except (ValueError, OverflowError) as fault:
-                raise InvalidInput(f"The directive {word!r} cannot be read.") from fault
-    return replace(script, **values)
-
-
-def reply_pieces(script: Script, message: Message) -> Callable[[int], str]:
-    """The text of token ``n``."""
-    words = re.findall(r"\s*\S+(?:\s+\Z)?", _source(script, message))
-    if not words:
-        return lambda n: f" word{n}" if n else "word0"
-    seam = "" if words[-1][-1].isspace() or words[0][0].isspace() else " "
-    return lambda n: (seam if n and n % len(words) == 0 else "") + words[n % len(words)]
-
-
-def reply_length(script: Script, message: Message) -> int:
-    if script.tokens is not None:
-        return script.tokens
-    return len(_source(script, message).split()) or DEFAULT_TOKENS
-
-
-def _source(script: Script, message: Message) -> str:
-    return (DIRECTIVE.sub("", message.text).strip() if script.echo else script.text) or ""
 
 
 def count_tokens(messages: tuple[Message, ...]) -> int:
@@ -251,9 +146,10 @@ class ScriptedEngine:
         try:
             self.check_health()
             script = read_directives(self._script, request.messages[-1])
+            run.request = request = self._resumed(script, request)
             self._check(script, request)
             fitted = self._fit(request)
-            yield Accepted(count_tokens(fitted.prompt), fitted.dropped)
+            yield Accepted(count_tokens(fitted.prompt), fitted.dropped, self._info.revision or None)
             await self._take_slot(run)
             async with aclosing(self._reply(run, script, fitted)) as items:
                 async for item in items:
@@ -267,6 +163,13 @@ class ScriptedEngine:
     @property
     def _clock(self) -> Clock:
         return self._given_clock or asyncio.get_running_loop()
+
+    def _resumed(self, script: Script, request: GenerationRequest) -> GenerationRequest:
+        if request.continuation is None:
+            return request
+        if script.continues == "refuse":
+            raise CapabilityMissing("This model cannot continue a reply.")
+        return replace(request, continuation=request.continuation.read_by(self._info.revision))
 
     def _check(self, script: Script, request: GenerationRequest) -> None:
         if request.has_images and Capability.VISION not in self._info.capabilities:
@@ -314,10 +217,14 @@ class ScriptedEngine:
         self._ledger.count(prompt_tokens=prompt_tokens)
         message = run.request.messages[-1]
         piece, total = reply_pieces(script, message), reply_length(script, message)
-        stream = _stream(run.request, piece)
-        begun, done = self._clock.time(), 0
-        while done < min(total, fitted.max_tokens) and not stream.complete:
-            await self._due(script, done, begun)
+        stream, first, spent = _stream(run.request, piece), 0, 0
+        if (before := run.request.continuation) is not None:
+            first, spent = (0 if script.continues == "restart" else _next_token(before)), before.spent
+            stream.replay(before.token_ids)
+        limit = first + max(0, fitted.max_tokens - spent)
+        begun, done = self._clock.time(), first
+        while done < min(total, limit) and not stream.complete:
+            await self._due(script, done, begun + script.ttft + (done - first) * script.pace)
             if run.request.options.logprobs is not None:
                 stream.picked.append(_pick(done, run.request.options.logprobs))
             delta = stream.push(done)
@@ -329,20 +236,20 @@ class ScriptedEngine:
         if (rest := stream.finish()) is not None:
             yield rest
         run.outcome = "finished"
-        cut = not stream.complete and total > fitted.max_tokens
+        cut = not stream.complete and total > limit
         reason = stream.reason(FinishReason.LENGTH if cut else FinishReason.STOP)
-        yield Finish(reason, Usage(prompt_tokens, done), self._timing(run, script, begun), stream.matched)
+        yield Finish(reason, Usage(prompt_tokens, done - first), self._timing(run, script, begun), stream.matched)
 
-    async def _due(self, script: Script, done: int, begun: float | None) -> None:
-        """Wait until token ``done`` is due, or do what the script has for this place; without ``begun`` only that."""
+    async def _due(self, script: Script, done: int, due: float | None) -> None:
+        """Wait until token ``done`` is due, or do what the script has for this place; without ``due`` only that."""
         if script.fail_at is not None and done >= script.fail_at:
             raise script.failure()
         if script.hang_at is not None and done >= script.hang_at:
             await self._wait(asyncio.get_running_loop().create_future())
-        if begun is None:
+        if due is None:
             return
         wait: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        timer = self._clock.call_at(begun + script.ttft + done * script.pace, _release, wait)
+        timer = self._clock.call_at(due, _release, wait)
         try:
             await self._wait(wait)
         finally:
@@ -361,6 +268,11 @@ class ScriptedEngine:
         spent = self._clock.time() - begun
         prefill = min(spent, script.ttft)
         return EngineTiming(queue_s=begun - run.arrived, prefill_s=prefill, decode_s=spent - prefill)
+
+
+def _next_token(before: Continuation) -> int:
+    """The number of the token that follows."""
+    return before.token_ids[-1] + 1 if before.token_ids else len(before.text.split())
 
 
 def _pick(token: int, most: int) -> Picked:
@@ -384,7 +296,7 @@ def _release(wait: asyncio.Future[None]) -> None:
 def describe(model_id: str) -> ModelInfo:
     """A model of this engine, which needs no files: it chats, completes, and takes images."""
     able = frozenset({Capability.CHAT, Capability.COMPLETION, Capability.VISION, Capability.TOOLS})
-    return ModelInfo(model_id, "", architecture="scripted", capabilities=able, context_length=1_000_000)
+    return ModelInfo(model_id, "", architecture="scripted", capabilities=able, context_length=1_000_000, revision="1")
 
 
 def create(info: ModelInfo, options: EngineOptions, on_progress: Progress = no_progress) -> ScriptedEngine:

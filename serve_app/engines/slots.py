@@ -267,10 +267,11 @@ class SlotDecoder:
         """Whether the job can be read; if not, why."""
         try:
             if job.state is None:
-                self._solo.check_ids(job.prompt.ids)
+                ids = [*job.prompt.ids, *job.tokens]
+                self._solo.check_ids(ids)
                 if job.room > self.loop.limit:
                     raise _too_long(job, self.loop.limit)
-                job.state = Seat(list(job.prompt.ids), job.room, sampler=self._solo.sampler(job, len(job.prompt.ids)))
+                job.state = Seat(ids, job.room, sampler=self._solo.sampler(job, len(job.prompt.ids)))
         except Exception as fault:  # the border to the libraries: one job's fault is not the others'
             outcomes[job] = fault
             return False

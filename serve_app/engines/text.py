@@ -160,11 +160,15 @@ class TextStream:
 
     The texts of all deltas so far are exactly the text of their ids so far: a token is given away when all of its text
     is, together with the ids before it that made no text of their own (a part of a character, a special token).
+
+    Args:
+        after: what the reply began with elsewhere: a stop string may begin there.
     """
 
-    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str] = ()) -> None:
+    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str] = (), after: str = "") -> None:
         self._detokenizer = detokenizer
         self._filter = StopFilter(stops)
+        self._filter.push(after[-max(map(len, stops)) + 1 :] if stops and max(map(len, stops)) > 1 else "")
         self._textless: tuple[int, ...] = ()
         self._held: list[_Piece] = []
 
@@ -182,6 +186,15 @@ class TextStream:
             return None
         self._textless = ()
         return self._take(_Piece(ids, text))
+
+    def replay(self, tokens: Sequence[int]) -> list[str]:
+        """Tokens that were given away elsewhere, before any other is pushed; their texts, none of it held back."""
+        given: list[str] = []
+        for token in tokens:
+            if self.matched is None:
+                given.append(self._detokenizer.push(token))
+                self._filter.push(given[-1])
+        return given
 
     def finish(self) -> Delta | None:
         """What is left when no token follows."""

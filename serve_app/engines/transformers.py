@@ -4,7 +4,7 @@ Options in :attr:`EngineOptions.extra`: ``use_gpu`` (false), ``kv_tokens`` (see 
 ``prompt_timeout_s`` (30: templates and tokenizing), ``stall_s`` (600: the longest step that is not a hang).
 
 Usage: ``prompt_tokens`` are all ids that the model reads, placeholders of images included; ``completion_tokens`` are
-all that it made, the token that ended the reply included.
+all that it made, the token that ended the reply included. A continued reply's own prompt and new tokens only.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from serve_app.domain.catalog import ModelInfo
 from serve_app.domain.errors import InvalidConfig, InvalidInput, ModelLoadFailed, ProviderUnavailable, RotundaError
-from serve_app.domain.generation import Accepted, Finish, GenerationRequest, Item
+from serve_app.domain.generation import Accepted, Finish, GenerationRequest, Item, Usage
 from serve_app.engines.base import Counters, EngineOptions, Progress, no_progress
 from serve_app.engines.faults import translate
 from serve_app.engines.ledger import Ledger, check_room
 from serve_app.engines.memory import context_limit, extra, kv_tokens
 from serve_app.engines.prompt import Prompt, Prompter
+from serve_app.engines.reply import ReplyStream
 from serve_app.engines.text import Decode, Detokenizer, Step, guarded_step, window_step
 from serve_app.engines.worker import Decoder, Job, Worker
 
@@ -33,6 +35,8 @@ PROMPT_THREADS = 2
 EXTRA = frozenset({"use_gpu", "kv_tokens", "prompt_timeout_s", "stall_s"})
 CONTINUED_IDS = 8
 """Ids of a continued text that its continuation is decoded after."""
+Read = tuple[Prompt, ReplyStream]
+"""A prompt, and what reads its reply."""
 
 
 class TransformersEngine:
@@ -87,7 +91,10 @@ class TransformersEngine:
         self._ledger.enter()
         job = await self._enter(request, time.monotonic())
         try:
-            yield Accepted(len(job.prompt.ids), job.prompt.dropped)
+            yield Accepted(len(job.prompt.ids), job.prompt.dropped, self._info.revision or None)
+            if job.over is not None:
+                yield Finish(job.over, Usage(len(job.prompt.ids), 0), stop=job.matched)
+                return
             item: Any = None
             while not isinstance(item, Finish):
                 item = await job.items.get()
@@ -102,17 +109,20 @@ class TransformersEngine:
         try:
             self.check_health()
             check_room(self._ledger.snapshot(), self._options)
-            prompt = await self._prompt(request)
-            before = prompt.ids[-CONTINUED_IDS:] if request.continue_final else ()
-            stream = self._prompter.stream(request, prompt, self._detokenizer(before))
+            if request.continuation is not None:
+                request = replace(request, continuation=request.continuation.read_by(self._info.revision))
+            prompt, stream = await self._prompt(request)
             job = Job(request, prompt, stream, asyncio.get_running_loop(), arrived)
-            self._worker.submit(job)
+            if job.over is None:
+                self._worker.submit(job)
+            else:
+                self._ledger.leave("waiting", "finished")
         except BaseException as fault:
             self._ledger.leave("waiting", "failed" if isinstance(fault, Exception) else "cancelled")
             raise
         return job
 
-    async def _prompt(self, request: GenerationRequest) -> Prompt:
+    async def _prompt(self, request: GenerationRequest) -> Read:
         task = self._prompts.submit(self._build, request)
         making = asyncio.wrap_future(task)
         making.add_done_callback(_retrieve)
@@ -125,12 +135,18 @@ class TransformersEngine:
         making.add_done_callback(self._unstick)
         raise InvalidInput("The prompt takes too long to make. Shorten the conversation.")
 
-    def _unstick(self, making: asyncio.Future[Prompt]) -> None:
+    def _unstick(self, making: asyncio.Future[Read]) -> None:
         self._stuck_prompts -= 1
 
-    def _build(self, request: GenerationRequest) -> Prompt:
+    def _build(self, request: GenerationRequest) -> Read:
         try:
-            return self._prompter.build(request)
+            prompt = self._prompter.build(request)
+            go_on = request.continue_final or (request.continuation and request.continuation.beginning)
+            stream = self._prompter.stream(
+                request, prompt, self._detokenizer(prompt.ids[-CONTINUED_IDS:] if go_on else ())
+            )
+            stream.replay(prompt.begun)
+            return prompt, stream
         except Exception as fault:  # the border to templates, tokenizers and processors
             if not isinstance(fault, RotundaError):
                 log.exception("the prompt of %s failed", request.request_id)
@@ -199,7 +215,7 @@ def _canary(tokenizer: Any, model: Any) -> list[int]:
     return ids
 
 
-def _retrieve(making: asyncio.Future[Prompt]) -> None:
+def _retrieve(making: asyncio.Future[Read]) -> None:
     """Look at the outcome, so that asyncio does not complain when nobody waits for it any more."""
     if not making.cancelled():
         making.exception()

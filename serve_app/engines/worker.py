@@ -35,8 +35,8 @@ Outgoing = Item | RotundaError
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One request in the worker. ``state`` is the decoder's own. ``tokens`` are those of the reply.
-    ``cached``: tokens of the prompt that the decoder need not read."""
+    """One request in the worker. ``state`` is the decoder's own. ``tokens`` are those of the reply, beginning with
+    ``prompt.begun``. ``cached``: tokens of the prompt that the decoder need not read."""
 
     request: GenerationRequest
     prompt: Prompt
@@ -45,14 +45,29 @@ class Job:
     arrived: float
     items: asyncio.Queue[Outgoing] = field(default_factory=asyncio.Queue)
     state: Any = None
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[int] = field(init=False)
     cached: int = 0
     started: float = 0.0
     first: float = 0.0
     cancelled: bool = False
 
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt.begun)
+
     def __repr__(self) -> str:
         return f"Job({self.request.request_id!r}, {len(self.prompt.ids)} + {len(self.tokens)} tokens)"
+
+    @property
+    def over(self) -> FinishReason | None:
+        """How it ended before it began, when what was made elsewhere is the whole reply already."""
+        if self.stream.complete:
+            return self.stream.reason(FinishReason.STOP)
+        return FinishReason.LENGTH if self.prompt.exhausted else None
+
+    @property
+    def matched(self) -> str | None:
+        """The stop string of the request's that ended it."""
+        return self.stream.matched if self.stream.matched in self.request.options.stop else None
 
     @property
     def room(self) -> int:
@@ -267,11 +282,11 @@ class Worker:
             reason = FinishReason.STOP
         now = time.monotonic()
         timing = EngineTiming(job.started - job.arrived, job.first - job.started, now - job.first)
-        usage = Usage(len(job.prompt.ids), len(job.tokens), job.cached)
-        stop = job.stream.matched if job.stream.matched in job.request.options.stop else None
+        own = len(job.tokens) - len(job.prompt.begun)
+        usage = Usage(len(job.prompt.ids), own, min(job.cached, len(job.prompt.ids)))
         self._drop(job)
         self._ledger.leave("running", "finished")
-        self._outbox.append((job, Finish(job.stream.reason(reason), usage, timing, stop)))
+        self._outbox.append((job, Finish(job.stream.reason(reason), usage, timing, job.matched)))
 
     def _fail(self, job: Job, fault: Exception) -> None:
         log.error("request %s failed", job.request.request_id, exc_info=fault)

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from serve_app.domain.catalog import Capability, ModelInfo
+from serve_app.domain.continuation import Continuation
 from serve_app.domain.errors import (
     CapabilityMissing,
     ContextLengthExceeded,
+    InvalidInput,
     ProviderUnavailable,
     QueueFull,
     RotundaError,
@@ -25,6 +27,7 @@ from serve_app.domain.generation import (
     GenerationRequest,
     Image,
     Item,
+    JsonFormat,
     Message,
     Options,
     Priority,
@@ -51,7 +54,8 @@ async def make_engine(request: pytest.FixtureRequest) -> AsyncIterator[MakeEngin
 
     async def make(**settings: Any) -> Engine:
         if request.param == "scripted":
-            info = ModelInfo("tiny", "", context_length=512, capabilities=frozenset({Capability.CHAT}))
+            chat = frozenset({Capability.CHAT})
+            info = ModelInfo("tiny", "", context_length=512, capabilities=chat, revision="1")
             options = EngineOptions(**settings, extra=(("tokens", FOREVER), ("pace", 0.001)))
         else:
             info, options = request.getfixturevalue("tiny_chat"), EngineOptions(**settings)
@@ -76,6 +80,15 @@ async def collect(engine: Engine, request: GenerationRequest) -> list[Item]:
 
 def text_of(items: list[Item]) -> str:
     return "".join(item.text for item in items if isinstance(item, Delta))
+
+
+def broken_off(items: list[Item], deltas: int) -> tuple[Continuation, str]:
+    """What is known of a reply after so many of its deltas, and the text that is still to come."""
+    accepted = items[0]
+    assert isinstance(accepted, Accepted)
+    given = Delta.joined([item for item in items if isinstance(item, Delta)][:deltas])
+    begun = Continuation(given.text, given.token_ids, accepted.revision, spent=len(given.token_ids))
+    return begun, text_of(items)[len(given.text) :]
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -304,3 +317,89 @@ async def test_it_tells_what_it_is(make_engine: MakeEngine) -> None:
 
 def test_every_registered_name_is_a_module_with_a_factory() -> None:
     assert set(ENGINES) >= {"scripted", "transformers"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 1.2, "seed": 7}, {"temperature": 1.0, "seed": 3, "top_p": 0.8, "frequency_penalty": 1.0}],
+    ids=["greedy", "sampled", "penalised"],
+)
+async def test_a_reply_is_gone_on_with_from_its_ids_at_every_place(
+    make_engine: MakeEngine, options: dict[str, Any]
+) -> None:
+    engine, other = await make_engine(), await make_engine()
+    request = ask(max_tokens=24, **options)
+    whole = await collect(engine, request)
+    finish = whole[-1]
+    assert isinstance(finish, Finish)
+    for deltas in range(1, sum(isinstance(item, Delta) for item in whole) + 1):
+        begun, rest = broken_off(whole, deltas)
+        items = await collect(other, replace(request, continuation=begun))
+        assert text_of(items) == rest
+        assert items[0] == whole[0], "the prompt is the same"
+        last = items[-1]
+        assert isinstance(last, Finish) and last.reason is finish.reason
+        assert last.usage.prompt_tokens == finish.usage.prompt_tokens
+        assert begun.spent + last.usage.completion_tokens == finish.usage.completion_tokens
+        made = [token for item in items if isinstance(item, Delta) for token in item.token_ids]
+        assert [*begun.token_ids, *made] == [t for item in whole if isinstance(item, Delta) for t in item.token_ids]
+    assert_counters_add_up(other)
+
+
+async def test_the_draws_of_a_request_without_a_seed_can_be_gone_on_with(make_engine: MakeEngine) -> None:
+    engine = await make_engine()
+    request = ask(max_tokens=20, temperature=1.3, draw_seed=5)
+    whole = await collect(engine, request)
+    begun, rest = broken_off(whole, 4)
+    assert rest and text_of(await collect(engine, replace(request, continuation=begun))) == rest
+
+
+async def test_a_stop_string_may_lie_across_the_seam(make_engine: MakeEngine) -> None:
+    engine = await make_engine()
+    whole = await collect(engine, ask(max_tokens=24))
+    text = text_of(whole)
+    stop = text[len(text) // 2 : len(text) // 2 + 8]
+    stopped = await collect(engine, ask(max_tokens=24, stop=(stop,)))
+    for deltas in range(1, sum(isinstance(item, Delta) for item in stopped) + 1):
+        begun, rest = broken_off(stopped, deltas)
+        items = await collect(engine, ask(max_tokens=24, stop=(stop,), continuation=begun))
+        last = items[-1]
+        assert text_of(items) == rest and isinstance(last, Finish)
+        assert last.reason is FinishReason.STOP and last.stop == stop
+
+
+async def test_what_was_spent_counts_towards_max_tokens(make_engine: MakeEngine) -> None:
+    engine = await make_engine()
+    begun = Continuation("Hello", spent=17)
+    for left in (3, 0, -5):
+        items = await collect(engine, ask(max_tokens=17 + left, continuation=begun))
+        finish = items[-1]
+        assert isinstance(finish, Finish) and finish.reason is FinishReason.LENGTH
+        assert finish.usage.completion_tokens == max(0, left)
+    assert_counters_add_up(engine)
+
+
+async def test_the_text_of_another_model_is_gone_on_with(make_engine: MakeEngine) -> None:
+    engine = await make_engine()
+    foreign = Continuation("One two three ", (1, 2, 3), "another revision", spent=3)
+    request = ask(max_tokens=20, continuation=foreign)
+    whole = await collect(engine, request)
+    assert isinstance(whole[0], Accepted) and isinstance(whole[-1], Finish)
+    assert whole[-1].usage.completion_tokens == 17
+    # And the reply of two models again from its ids, as a third attempt would.
+    given = Delta.joined([item for item in whole if isinstance(item, Delta)][:5])
+    begun = Continuation(
+        foreign.text + given.text,
+        given.token_ids,
+        whole[0].revision,
+        earlier=len(foreign.text),
+        spent=3 + len(given.token_ids),
+    )
+    items = await collect(engine, replace(request, continuation=begun))
+    assert text_of(items) == text_of(whole)[len(given.text) :]
+    assert items[0] == whole[0]
+
+
+def test_a_reply_that_must_have_a_form_cannot_be_gone_on_with() -> None:
+    with pytest.raises(InvalidInput):
+        ask(response_format=JsonFormat(), continuation=Continuation("{"))

@@ -130,7 +130,7 @@ async def test_sampling_that_fails_ends_only_its_request(
     original = Sampler.pick
 
     def pick(self: Sampler, logits: torch.Tensor, ids: Any) -> int:
-        if self._generator.initial_seed() == 666:
+        if self._seed == 666:
             raise RuntimeError("index out of range")
         return original(self, logits, ids)
 
