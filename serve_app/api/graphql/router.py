@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from cross_web import HTTPException
 from starlette.requests import HTTPConnection, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 from strawberry.exceptions import ConnectionRejectionError
 from strawberry.fastapi import GraphQLRouter
@@ -27,6 +27,7 @@ from strawberry.types.execution import PreExecutionError
 from strawberry.types.unset import UNSET, UnsetType
 
 from serve_app.api.context import trace_of
+from serve_app.api.graphql import ide
 from serve_app.api.graphql.context import Context
 from serve_app.api.graphql.errors import extensions_of, translated
 from serve_app.api.graphql.schema import build_schema
@@ -45,17 +46,22 @@ def graphql_router(services: Services) -> GraphQLRouter[Context, None]:
     async def context_of(connection: HTTPConnection) -> Context:
         return Context(services, connection)
 
-    return Router(
+    router = Router(
         build_schema(),
         path="/graphql",
-        # Its page would load scripts from other sites.
-        graphql_ide=None,
+        graphql_ide="graphiql",
         context_getter=context_of,
         subscription_protocols=(GRAPHQL_TRANSPORT_WS_PROTOCOL, GRAPHQL_SSE_PROTOCOL, MULTIPART_SUBSCRIPTION_PROTOCOL),
         connection_init_wait_timeout=timedelta(seconds=10),
         allowed_origins=services.settings.cors_origins,
         include_in_schema=False,
     )
+
+    @router.get("/graphql/ide/{name}", include_in_schema=False)
+    async def asset(name: str) -> Response:
+        return ide.asset(name)
+
+    return router
 
 
 class WebSocketHandler(BaseGraphQLTransportWSHandler[Context, None]):
@@ -96,7 +102,12 @@ class Router(GraphQLRouter[Context, None]):
         return cast("UnsetType", UNSET)
 
     def should_render_graphql_ide(self, request: BaseRequestProtocol) -> bool:
-        return False
+        """For a browser that opens the address; programs that take anything are answered as ever."""
+        asked = "query" in request.query_params
+        return request.method == "GET" and not asked and "text/html" in (request.headers.get("accept") or "")
+
+    async def render_graphql_ide(self, request: Request) -> Any:
+        return ide.page()
 
     def decode_json(self, data: str | bytes) -> object:
         try:
@@ -120,7 +131,7 @@ class Router(GraphQLRouter[Context, None]):
             response = await super().run(cast("Request", request), context, root_value)
         except HTTPException as error:
             response = self._refused(request, error)
-        return self._negotiated(request, response)
+        return response if isinstance(response, FileResponse) else self._negotiated(request, response)
 
     async def process_result(self, request: Request, result: ExecutionResult) -> GraphQLHTTPResponse:
         trace_id = trace_of(request.scope).trace_id
