@@ -6,7 +6,7 @@ from collections.abc import Collection
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Select, delete, func, insert, or_, select, update
+from sqlalchemy import Column, ColumnElement, Select, delete, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -31,6 +31,11 @@ async def touch(connection: AsyncConnection, conversation_id: str, now: datetime
     )
     if not changed.rowcount:
         raise unknown_conversation()
+
+
+def behind(cursor: Cursor, at: Column[Any], id: Column[Any]) -> tuple[ColumnElement[bool], ...]:
+    """What stands behind a place in a list by ``at`` and ``id``, newest first; the first condition is for the index."""
+    return at <= cursor.at, or_(at < cursor.at, id < cursor.id)
 
 
 def unknown_conversation() -> NotFound:
@@ -83,8 +88,7 @@ class Conversations:
         """Conversations by activity, newest first; ``before`` continues after the conversation it was made of."""
         query = _visible(select(conversations, _COUNT.label("message_count")), include_private)
         if before is not None:
-            column, id = conversations.c.updated_at, conversations.c.id
-            query = query.where(column <= before.updated_at, or_(column < before.updated_at, id < before.id))
+            query = query.where(*behind(before, conversations.c.updated_at, conversations.c.id))
         query = query.order_by(conversations.c.updated_at.desc(), conversations.c.id.desc()).limit(limit)
         async with self._db.read() as connection:
             return [conversation_of(row) for row in await connection.execute(query)]

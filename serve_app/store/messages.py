@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Row, delete, func, insert, select, update
+from sqlalchemy import Row, Select, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -15,7 +15,9 @@ from serve_app.store.conversations import touch
 from serve_app.store.engine import Database, whole
 from serve_app.store.files import chunks, images_of, insert_images, orphans
 from serve_app.store.records import NewImage, message_of, new_id, utc_now
-from serve_app.store.tables import images, messages, stream_sessions
+from serve_app.store.tables import conversations, images, messages, stream_sessions
+
+_LAST_SEQ = 2**62
 
 
 async def insert_message(
@@ -125,19 +127,21 @@ class Messages:
 
     @whole
     async def messages_of(
-        self, conversation_ids: Collection[str], limit: int | None = None
+        self, conversation_ids: Collection[str], limit: int | None = None, *, newest: bool = False
     ) -> dict[str, list[StoredMessage]]:
-        """The messages of many conversations at once, as :meth:`list_messages` gives those of one."""
-        of = messages.c.conversation_id
-        place = func.row_number().over(partition_by=of, order_by=messages.c.seq).label("place")
+        """The messages of many conversations at once, each list oldest first.
+
+        ``limit`` keeps the first ones of each conversation, or the last ones with ``newest``; what it leaves out is not
+        read, so a page of a long conversation costs what one of a short conversation does.
+        """
         found: dict[str, list[StoredMessage]] = {id: [] for id in conversation_ids}
         async with self._db.read() as connection:
             for some in chunks(found):
-                numbered = select(messages, place).where(of.in_(some)).subquery()
-                query = select(numbered).order_by(numbered.c.conversation_id, numbered.c.seq)
+                query = select(messages).where(messages.c.conversation_id.in_(some))
                 if limit is not None:
-                    query = query.where(numbered.c.place <= limit)
-                for message in await _with_images(connection, await connection.execute(query)):
+                    query = _pages(some, limit, newest)
+                rows = await connection.execute(query.order_by(messages.c.conversation_id, messages.c.seq))
+                for message in await _with_images(connection, rows):
                     found[message.conversation_id].append(message)
         return found
 
@@ -167,6 +171,18 @@ class Messages:
             )
             deleted = (await connection.execute(delete(messages).where(later))).rowcount
             return deleted, await orphans(connection, paths)
+
+
+def _pages(conversation_ids: Collection[str], limit: int, newest: bool) -> Select[Any]:
+    """The first or last messages of each conversation, up to the place of the last one that the limit keeps."""
+    other = messages.alias()
+    order = other.c.seq.desc() if newest else other.c.seq
+    nth = select(other.c.seq).where(other.c.conversation_id == conversations.c.id).order_by(order)
+    end = nth.limit(1).offset(limit - 1).correlate(conversations).scalar_subquery()
+    # A conversation with fewer has no such place.
+    within = messages.c.seq >= func.coalesce(end, 0) if newest else messages.c.seq <= func.coalesce(end, _LAST_SEQ)
+    both = conversations.join(messages, (messages.c.conversation_id == conversations.c.id) & within)
+    return select(messages).select_from(both).where(conversations.c.id.in_(conversation_ids))
 
 
 async def _seq(connection: AsyncConnection, conversation_id: str, message_id: str) -> int:

@@ -37,18 +37,19 @@ def utc_now() -> datetime:
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """A place in the list of conversations: what comes after it was active earlier."""
+    """A place in a list whose newest stand first: conversations by activity, sessions by their start."""
 
-    updated_at: datetime
+    at: datetime
     id: str
 
     @classmethod
-    def of(cls, conversation: Conversation) -> Cursor:
-        return cls(conversation.updated_at, conversation.id)
+    def of(cls, last: Conversation | StreamSession) -> Cursor:
+        """The place right behind ``last``."""
+        return cls(last.updated_at if isinstance(last, Conversation) else last.started_at, last.id)
 
     def encode(self) -> str:
         """The cursor as opaque URL-safe text."""
-        pair = json.dumps([self.updated_at.isoformat(), self.id])
+        pair = json.dumps([self.at.isoformat(), self.id])
         return base64.urlsafe_b64encode(pair.encode()).decode()
 
     @classmethod
@@ -56,10 +57,10 @@ class Cursor:
         """Read :meth:`encode` back; anything else raises InvalidInput."""
         try:
             when, id = json.loads(base64.urlsafe_b64decode(text.encode()))
-            updated_at = datetime.fromisoformat(when).astimezone(UTC)
+            at = datetime.fromisoformat(when).astimezone(UTC)
         except (binascii.Error, ValueError, TypeError, OverflowError) as error:
             raise InvalidInput("The cursor is not one that this server gave out.") from error
-        return cls(updated_at, str(id))
+        return cls(at, str(id))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from serve_app.domain.conversation import MessageStatus, SessionStatus, StreamSession, TerminationReason
 from serve_app.domain.errors import ConversationBusy, InvalidInput, NotFound, ProviderUnavailable
 from serve_app.domain.generation import Timing, Usage
-from serve_app.store.conversations import touch
+from serve_app.store.conversations import behind, touch
 from serve_app.store.engine import Database, whole
 from serve_app.store.files import chunks
 from serve_app.store.messages import insert_message
 from serve_app.store.records import (
     BegunReply,
+    Cursor,
     NewImage,
     NewSession,
     Progress,
@@ -28,7 +29,7 @@ from serve_app.store.records import (
     usage_columns,
     utc_now,
 )
-from serve_app.store.tables import ACTIVE, database_ms, stream_sessions
+from serve_app.store.tables import ACTIVE, conversations, database_ms, stream_sessions
 
 _session = stream_sessions.c
 # Spelled out rather than bound: the partial indexes are for exactly this condition, and planners must see it.
@@ -100,14 +101,28 @@ class Sessions:
 
     @whole
     async def list_sessions(
-        self, conversation_id: str | None = None, status: SessionStatus | None = None, limit: int = 100
+        self,
+        conversation_id: str | None = None,
+        status: SessionStatus | None = None,
+        limit: int = 100,
+        *,
+        before: Cursor | None = None,
+        public_only: bool = False,
     ) -> list[StreamSession]:
-        """Sessions, newest first, of one conversation and in one status if these are given."""
+        """Sessions, newest first, of one conversation and in one status if these are given.
+
+        ``before`` continues after the session it was made of; ``public_only`` leaves out private conversations.
+        """
         query = select(stream_sessions)
         if conversation_id is not None:
             query = query.where(_session.conversation_id == conversation_id)
         if status is not None:
             query = query.where(_session.status == status.value)
+        if before is not None:
+            query = query.where(*behind(before, _session.started_at, _session.id))
+        if public_only:
+            of_it = (conversations.c.id == _session.conversation_id) & conversations.c.is_private.is_(False)
+            query = query.where(select(conversations.c.id).where(of_it).exists())
         query = query.order_by(_session.started_at.desc(), _session.id.desc()).limit(limit)
         async with self._db.read() as connection:
             return [session_of(row) for row in await connection.execute(query)]

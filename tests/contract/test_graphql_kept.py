@@ -11,6 +11,7 @@ from sqlalchemy import Engine, event
 from serve_app.domain.catalog import ModelState
 from serve_app.domain.conversation import SessionStatus
 from serve_app.domain.fleet import ProviderStatus
+from serve_app.store.records import NewImage
 from tests.contract.conftest import MakePlatform
 from tests.contract.graphql_client import ADD, CREATE, MESSAGES, TERMINATE, Graph
 from tests.doubles import LocalPlatform
@@ -81,8 +82,9 @@ async def test_conversations_in_pages(graph: Graph):
     assert await graph.refused('{ conversations(after: "?") { count } }') == "INVALID_INPUT"
 
 
-async def test_many_conversations_take_as_many_statements_as_one(graph: Graph, platform: LocalPlatform):
-    query = "{ conversations { conversations { id messageCount messages { text images { id } } } } }"
+@pytest.mark.parametrize("page", ["", "(limit: 2)", "(last: 2)"])
+async def test_many_conversations_take_as_many_statements_as_one(graph: Graph, platform: LocalPlatform, page: str):
+    query = f"{{ conversations {{ conversations {{ id messageCount messages{page} {{ text images {{ id }} }} }} }} }}"
     statements: list[str] = []
 
     def note(connection: object, cursor: object, statement: str, *rest: object) -> None:
@@ -90,18 +92,23 @@ async def test_many_conversations_take_as_many_statements_as_one(graph: Graph, p
 
     async def statements_of() -> int:
         statements.clear()
-        await graph.run(query)
+        found = (await graph.run(query))["conversations"]["conversations"]
+        assert all(len(message["images"]) == 1 for one in found for message in one["messages"])
         return len(statements)
+
+    async def fill(id: str) -> None:
+        await graph.create(id)
+        for text in "ab":
+            picture = NewImage(f"{text}.png", "ab/cd.png", 1, "image/png", "abcd")
+            await platform.services.store.add_message(id, text, "user", images=[picture])
 
     platform.ticking.cancel()
     event.listen(Engine, "before_cursor_execute", note)
     try:
-        await graph.create("c0")
-        await graph.add("text", "c0", sender="llm")
+        await fill("c0")
         alone = await statements_of()
         for number in range(1, 20):
-            await graph.create(f"c{number}")
-            await graph.add("text", f"c{number}", sender="llm")
+            await fill(f"c{number}")
         assert await statements_of() == alone
     finally:
         event.remove(Engine, "before_cursor_execute", note)
@@ -119,9 +126,9 @@ async def test_messages_in_pages(graph: Graph):
     await graph.create()
     ids = [(await graph.add(str(number), sender="llm"))["userMessage"]["id"] for number in range(5)]
     page = (
-        "query($limit: Int, $after: String, $before: String) { "
-        'messages(conversationId: "c1", limit: $limit, after: $after, before: $before) { text } '
-        'conversation(id: "c1") { messages(limit: $limit, after: $after, before: $before) { text } } }'
+        "query($limit: Int, $after: String, $before: String, $last: Int) { "
+        'messages(conversationId: "c1", limit: $limit, after: $after, before: $before, last: $last) { text } '
+        'conversation(id: "c1") { messages(limit: $limit, after: $after, before: $before, last: $last) { text } } }'
     )
     for variables, expected in (
         ({}, "01234"),
@@ -129,12 +136,17 @@ async def test_messages_in_pages(graph: Graph):
         ({"limit": 2, "after": ids[1]}, "23"),
         ({"limit": 2, "before": ids[4]}, "23"),
         ({"after": ids[4]}, ""),
+        ({"last": 2}, "34"),
+        ({"last": 9}, "01234"),
+        ({"last": 2, "before": ids[3]}, "12"),
     ):
         found = await graph.run(page, **variables)
         assert "".join(message["text"] for message in found["messages"]) == expected
         assert found["conversation"]["messages"] == found["messages"]
     too_many = '{ messages(conversationId: "c1", limit: 501) { id } }'
     assert await graph.refused(too_many) == "INVALID_INPUT"
+    for both in ("last: 1, limit: 1", f'last: 1, after: "{ids[0]}"', "last: 0"):
+        assert await graph.refused(f'{{ messages(conversationId: "c1", {both}) {{ id }} }}') == "INVALID_INPUT"
 
 
 async def test_messages_of_an_unknown_conversation(graph: Graph):

@@ -13,6 +13,7 @@ from strawberry.fastapi import BaseContext
 
 from serve_app.api.access import ANONYMOUS
 from serve_app.api.context import TOKEN_HEADER, address_of, caller_of, token_of, trace_of
+from serve_app.api.graphql.paging import MessagePage
 from serve_app.api.services import Services
 from serve_app.domain.conversation import Conversation, SessionStatus, StoredImage, StoredMessage, StreamSession
 from serve_app.replies import LiveReply
@@ -20,10 +21,11 @@ from serve_app.telemetry.propagation import new_trace
 
 
 class Page(NamedTuple):
-    """The first messages of a conversation: all of them without a limit."""
+    """The first messages of a conversation, or its last ones: all of them without a limit."""
 
     conversation_id: str
     limit: int | None = None
+    newest: bool = False
 
 
 class Context(BaseContext):
@@ -87,13 +89,13 @@ class Context(BaseContext):
     def image_url(self, image: StoredImage, private: bool) -> str:
         return self.access.image_url(image, private)
 
-    async def messages(
-        self, conversation_id: str, limit: int | None, after: str | None, before: str | None
-    ) -> list[StoredMessage]:
+    async def messages(self, conversation_id: str, wanted: MessagePage) -> list[StoredMessage]:
         """Messages of a conversation; what one operation asks for at the same time is loaded at once."""
-        if after is None and before is None:
-            return await self._messages.load(Page(conversation_id, limit))
-        return await self.services.store.list_messages(conversation_id, limit=limit, after=after, before=before)
+        limit = wanted.checked_limit()
+        if wanted.after is None and wanted.before is None:
+            return await self._messages.load(Page(conversation_id, limit, wanted.last is not None))
+        store = self.services.store
+        return await store.list_messages(conversation_id, limit=limit, after=wanted.after, before=wanted.before)
 
     def _parameter(self, *names: str) -> str | None:
         """A parameter of ``connection_init``; names are compared as those of headers are."""
@@ -106,8 +108,8 @@ class Context(BaseContext):
 
     async def _load_messages(self, pages: list[Page]) -> list[list[StoredMessage]]:
         found: dict[Page, list[StoredMessage]] = {}
-        for limit in {page.limit for page in pages}:
-            ids = {page.conversation_id for page in pages if page.limit == limit}
-            for id, messages in (await self.services.store.messages_of(ids, limit)).items():
-                found[Page(id, limit)] = messages
+        for limit, newest in {(page.limit, page.newest) for page in pages}:
+            ids = {page.conversation_id for page in pages if (page.limit, page.newest) == (limit, newest)}
+            for id, messages in (await self.services.store.messages_of(ids, limit, newest=newest)).items():
+                found[Page(id, limit, newest)] = messages
         return [found[page] for page in pages]

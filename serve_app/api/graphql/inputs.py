@@ -6,7 +6,7 @@ from enum import Enum
 
 import strawberry
 
-from serve_app.domain import generation
+from serve_app.domain import conversation, generation
 
 
 @strawberry.enum
@@ -22,6 +22,9 @@ class Priority(Enum):
 class ContextPolicy(Enum):
     TRUNCATE = "truncate"
     ERROR = "error"
+
+
+strawberry.enum(conversation.SessionStatus, description="How far a stream session has come.")
 
 
 @strawberry.enum(description="A reply that nobody reads any more goes on for a grace time, or is terminated at once.")

@@ -8,19 +8,18 @@ import strawberry
 
 from serve_app.api.graphql.errors import Failure, outcome
 from serve_app.api.graphql.models import AvailableModelsResponse, Model, Plan
+from serve_app.api.graphql.paging import MAX_PAGE, After, Before, Last, Limit, MessagePage, NextCursor, page_size
 from serve_app.api.graphql.resolvers import field
 from serve_app.api.graphql.types import (
-    After,
-    Before,
     Conversation,
     ConversationList,
     GraphInfo,
-    Limit,
     Message,
     StreamSession,
-    page_size,
+    StreamSessionList,
 )
 from serve_app.api.models import find_model
+from serve_app.domain.conversation import SessionStatus
 from serve_app.store.records import Cursor
 
 MOST_CONVERSATIONS = 10_000
@@ -41,7 +40,7 @@ class Query:
         self,
         info: GraphInfo,
         limit: Limit = None,
-        after: Annotated[str | None, strawberry.argument(description="The nextCursor of the page before.")] = None,
+        after: NextCursor = None,
     ) -> ConversationList:
         store = info.context.services.store
         most = page_size(limit) or MOST_CONVERSATIONS
@@ -69,9 +68,10 @@ class Query:
         limit: Limit = None,
         after: After = None,
         before: Before = None,
+        last: Last = None,
     ) -> list[Message]:
         conversation = await info.context.conversation(conversation_id, password, token)
-        found = await info.context.messages(conversation.id, page_size(limit), after, before)
+        found = await info.context.messages(conversation.id, MessagePage(limit, last, after, before))
         return [Message.of(stored, conversation.is_private) for stored in found]
 
     @field("Every model of every provider, and how each is right now.")
@@ -94,3 +94,30 @@ class Query:
         self, info: GraphInfo, id: strawberry.ID, password: Password = None, token: Token = None
     ) -> StreamSession:
         return StreamSession.of(*await info.context.session(id, password, token))
+
+    @field("Replies, newest first: those of one conversation, else those of all public ones.")
+    async def stream_sessions(
+        self,
+        info: GraphInfo,
+        conversation_id: strawberry.ID | None = None,
+        status: SessionStatus | None = None,
+        password: Password = None,
+        token: Token = None,
+        limit: Limit = None,
+        after: NextCursor = None,
+    ) -> StreamSessionList:
+        context, most = info.context, page_size(limit) or MAX_PAGE
+        if conversation_id is not None:
+            await context.conversation(conversation_id, password, token)
+        found = await context.services.store.list_sessions(
+            conversation_id,
+            status,
+            most + 1,
+            before=Cursor.decode(after) if after else None,
+            public_only=conversation_id is None,
+        )
+        page = found[:most]
+        return StreamSessionList(
+            sessions=[StreamSession.of(stored, context.services.sessions.find(stored.id)) for stored in page],
+            next_cursor=Cursor.of(page[-1]).encode() if len(found) > most else None,
+        )

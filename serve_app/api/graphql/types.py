@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated
 
 import strawberry
 from strawberry.types import Info
 
 from serve_app.api.graphql.context import Context
+from serve_app.api.graphql.paging import After, Before, Last, Limit, MessagePage
 from serve_app.api.graphql.resolvers import field
 from serve_app.domain import conversation as domain
 from serve_app.domain import generation
-from serve_app.domain.errors import InvalidInput
 from serve_app.replies import LiveReply
 
 GraphInfo = Info[Context, None]
-MAX_PAGE = 500
-
-Limit = Annotated[int | None, strawberry.argument(description=f"At most so many, 1 to {MAX_PAGE}.")]
-After = Annotated[str | None, strawberry.argument(description="Only what comes after the message of this id.")]
-Before = Annotated[
-    str | None,
-    strawberry.argument(description="Only what comes before the message of this id; a limit keeps the last ones."),
-]
 
 
 def iso(moment: datetime) -> str:
@@ -123,9 +114,9 @@ class Conversation:
 
     @field("Oldest first. Whoever holds the conversation has proven access already.")
     async def messages(
-        self, info: GraphInfo, limit: Limit = None, after: After = None, before: Before = None
+        self, info: GraphInfo, limit: Limit = None, after: After = None, before: Before = None, last: Last = None
     ) -> list[Message]:
-        found = await info.context.messages(self.id, page_size(limit), after, before)
+        found = await info.context.messages(self.id, MessagePage(limit, last, after, before))
         return [Message.of(stored, self.is_private) for stored in found]
 
 
@@ -218,8 +209,7 @@ class StreamSession:
         )
 
 
-def page_size(limit: int | None) -> int | None:
-    """A checked limit; None stays None. Raises InvalidInput out of 1..MAX_PAGE."""
-    if limit is not None and not 1 <= limit <= MAX_PAGE:
-        raise InvalidInput(f"limit is {limit}; it must lie in [1, {MAX_PAGE}].")
-    return limit
+@strawberry.type
+class StreamSessionList:
+    sessions: list[StreamSession]
+    next_cursor: str | None = strawberry.field(description="Give it as `after` for the next page; null on the last.")

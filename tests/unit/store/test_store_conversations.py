@@ -160,6 +160,11 @@ async def test_messages_of_many_conversations_come_at_once(store: Store, convers
     assert found["nowhere"] == []
     few = await store.messages_of([conversation.id, "other"], limit=2)
     assert [[message.text for message in some] for some in few.values()] == [["a", "b"], ["A", "B"]]
+    newest = await store.messages_of([conversation.id, "other", "nowhere"], limit=2, newest=True)
+    assert [[message.text for message in some] for some in newest.values()] == [["b", "c"], ["B", "C"], []]
+    for limit in (3, 4):
+        assert await store.messages_of([conversation.id, "other", "nowhere"], limit) == found
+        assert await store.messages_of([conversation.id, "other", "nowhere"], limit, newest=True) == found
 
 
 async def test_images_come_with_their_messages_in_one_more_query(store: Store, conversation: Conversation) -> None:

@@ -10,7 +10,7 @@ import pytest
 from serve_app.domain.conversation import Conversation, MessageStatus, SessionStatus, TerminationReason
 from serve_app.domain.errors import ConversationBusy, InvalidInput, NotFound
 from serve_app.domain.generation import Timing, Usage
-from serve_app.store import NewImage, NewSession, Progress, Store
+from serve_app.store import Cursor, NewImage, NewSession, Progress, Store
 
 USAGE = Usage(10, 3, 2)
 TIMING = Timing(0.1, 0.2, 0.3, 0.4, 1.0)
@@ -209,6 +209,22 @@ async def test_sessions_are_listed_newest_first(store: Store, new_session: NewSe
     assert await ids(new_session.conversation_id) == ["second", new_session.id]
     assert await ids(status=SessionStatus.COMPLETED) == [new_session.id]
     assert await ids("other", SessionStatus.ACTIVE) == ["third"]
+
+
+async def test_sessions_are_listed_in_pages_and_without_private_ones(store: Store, new_session: NewSession) -> None:
+    for id in "abcde":
+        await store.create_conversation(id, id, password_hash="h" if id == "c" else None)
+        await store.open_session(replace(new_session, id=f"of-{id}", conversation_id=id))
+    async with store._db.write() as connection:
+        await connection.exec_driver_sql("UPDATE stream_sessions SET started_at = '2026-01-01 00:00:00.000000'")
+    pages: list[list[str]] = []
+    cursor: Cursor | None = None
+    while page := await store.list_sessions(limit=2, before=cursor):
+        pages.append([session.id for session in page])
+        cursor = Cursor.decode(Cursor.of(page[-1]).encode())
+    assert pages == [["of-e", "of-d"], ["of-c", "of-b"], ["of-a"]]
+    public = await store.list_sessions(status=SessionStatus.ACTIVE, public_only=True)
+    assert [session.id for session in public] == ["of-e", "of-d", "of-b", "of-a"]
 
 
 async def test_a_termination_reaches_the_owner_once_asked_for(store: Store, new_session: NewSession) -> None:
