@@ -16,6 +16,7 @@ from serve_app.api.health import health_router
 from serve_app.api.image_routes import images_router
 from serve_app.api.models import models_router
 from serve_app.api.openai import openai_router
+from serve_app.api.rotation import rotation_router
 from serve_app.api.services import Services
 from serve_app.api.stream import stream_router
 from serve_app.config import Settings
@@ -35,6 +36,7 @@ def create_app(services: Services) -> FastAPI:
         health_router(services),
         stream_router(services),
         models_router(services),
+        rotation_router(services),
         images_router(services),
         openai_router(services),
         embeddings_router(services),

@@ -12,10 +12,14 @@ from serve_app.api.graphql.models import ModelChange
 from serve_app.api.graphql.queries import Name
 from serve_app.api.graphql.replies import start
 from serve_app.api.graphql.resolvers import mutation
+from serve_app.api.graphql.rotation import Cleanup, RotationChange
 from serve_app.api.graphql.types import GraphInfo, StreamSession
 
 ModelResult = Annotated[ModelChange | Failure, strawberry.union("ModelResult")]
+RotationResult = Annotated[RotationChange | Failure, strawberry.union("RotationResult")]
+CleanupResult = Annotated[Cleanup | Failure, strawberry.union("CleanupResult")]
 SendMessageResult = Annotated[StreamSession | Failure, strawberry.union("SendMessageResult")]
+Names = Annotated[list[str] | None, strawberry.argument(description="Names of models, as in loadModel.")]
 
 
 @strawberry.type
@@ -35,6 +39,23 @@ class Commands:
     @mutation("Brings a model into memory before somebody asks it.")
     async def warmup(self, info: GraphInfo, model: Name) -> ModelResult:
         return await _command(info, "load", model)
+
+    @mutation("Takes models into the pool of those that may be used, or out of it; the others stay as they are.")
+    async def set_rotation(self, info: GraphInfo, add: Names = None, remove: Names = None) -> RotationResult:
+        async def change() -> RotationChange:
+            router = info.context.services.gateway.router
+            answer = await router.command("set_rotation", add=list(add or ()), remove=list(remove or ()))
+            return RotationChange(removed=list(answer["removed"]))
+
+        return await outcome(change(), info.context.trace.trace_id)
+
+    @mutation("Lets every idle model that is not pinned leave memory now.")
+    async def emergency_cleanup(self, info: GraphInfo) -> CleanupResult:
+        async def clean() -> Cleanup:
+            answer = await info.context.services.gateway.router.command("emergency_cleanup")
+            return Cleanup(evicting=list(answer["evicting"]))
+
+        return await outcome(clean(), info.context.trace.trace_id)
 
     @mutation("Stores a message and starts its reply; follow it with streamSession.")
     async def send_message(self, info: GraphInfo, input: MessageInput) -> SendMessageResult:

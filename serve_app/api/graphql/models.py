@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import strawberry
 
-from serve_app.api.graphql.types import iso_from_epoch
+from serve_app.api.graphql.types import moment_or_none
 from serve_app.domain.fleet import FleetView, ModelStatus, ProviderStatus
+from serve_app.domain.placement import Resources
 
 # Bytes outgrow GraphQL's 32-bit Int; a Float counts them exactly up to 2**53.
 
@@ -51,8 +53,8 @@ class Model:
             memory_bytes=values["memoryBytes"],
             context_length=values["contextLength"],
             quantization=values["quantization"],
-            loaded_at=iso_from_epoch(values["loadedAt"]),
-            last_used_at=iso_from_epoch(values["lastUsedAt"]),
+            loaded_at=moment_or_none(values["loadedAt"]),
+            last_used_at=moment_or_none(values["lastUsedAt"]),
             request_count=values["requestCount"],
             error_count=values["errorCount"],
             average_response_ms=values["averageResponseMs"],
@@ -110,20 +112,47 @@ class ModelChange:
         return cls(model=str(answer["model"]), state=str(answer["state"]), reason=answer.get("reason"))
 
 
+def bytes_of(amount: Resources) -> float | None:
+    """Memory in bytes; None where nothing limits it."""
+    return None if math.isinf(amount.memory) else float(amount.memory)
+
+
+@strawberry.type
+class ResourceAmount:
+    cpu: float
+    gpu: float
+    memory_bytes: float | None = strawberry.field(description="Null where nothing limits it.")
+
+    @classmethod
+    def of(cls, amount: Resources) -> ResourceAmount:
+        return cls(cpu=amount.cpu, gpu=amount.gpu, memory_bytes=bytes_of(amount))
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any] | None) -> ResourceAmount | None:
+        """What :meth:`Resources.to_json` gave; None for nothing."""
+        return cls(cpu=values["cpu"], gpu=values["gpu"], memory_bytes=values["memoryBytes"]) if values else None
+
+
 @strawberry.type
 class PlanPart:
     name: str
     bytes: float
 
 
-@strawberry.type(description="How a model would come into memory.")
+@strawberry.type(description="How a model would come into memory if somebody asked for it now.")
 class Plan:
     model: str
-    verdict: str = strawberry.field(description="resident, fits, waits or never_fits.")
+    verdict: str = strawberry.field(description="resident, loading, fits, evicts, waits, never_fits or refused.")
+    node: str | None = strawberry.field(description="Where it is or would be.")
     evicts: list[str] = strawberry.field(description="The models that would leave.")
-    parts: list[PlanPart] = strawberry.field(description="What the model needs, part by part.")
+    parts: list[PlanPart] = strawberry.field(description="The memory that it needs, part by part.")
+    demand: ResourceAmount | None = strawberry.field(description="Of one replica, all parts together.")
+    capacity: ResourceAmount | None = strawberry.field(description="Of the node.")
+    free: ResourceAmount | None = strawberry.field(description="On the node, before anything leaves.")
+    freed: ResourceAmount | None = strawberry.field(description="What the models that leave give back there.")
     eta_ms: float | None
     reason: str | None
+    error: str | None = strawberry.field(description="The code that a request would end with.")
 
     @classmethod
     def of(cls, answer: Mapping[str, Any]) -> Plan:
@@ -131,8 +160,14 @@ class Plan:
         return cls(
             model=str(answer["model"]),
             verdict=str(answer["verdict"]),
+            node=answer.get("node"),
             evicts=[str(name) for name in answer.get("evicts") or ()],
             parts=[PlanPart(name=name, bytes=size) for name, size in parts.items()],
+            demand=ResourceAmount.from_json(answer.get("demand")),
+            capacity=ResourceAmount.from_json(answer.get("capacity")),
+            free=ResourceAmount.from_json(answer.get("free")),
+            freed=ResourceAmount.from_json(answer.get("freed")),
             eta_ms=answer.get("etaMs"),
             reason=answer.get("reason"),
+            error=answer.get("error"),
         )

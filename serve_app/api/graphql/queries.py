@@ -10,6 +10,7 @@ from serve_app.api.graphql.errors import Failure, outcome
 from serve_app.api.graphql.models import AvailableModelsResponse, Model, Plan
 from serve_app.api.graphql.paging import MAX_PAGE, After, Before, Last, Limit, MessagePage, NextCursor, page_size
 from serve_app.api.graphql.resolvers import field
+from serve_app.api.graphql.rotation import RotationState
 from serve_app.api.graphql.types import (
     Conversation,
     ConversationList,
@@ -88,6 +89,10 @@ class Query:
             return Plan.of(await info.context.services.gateway.router.command("plan", model))
 
         return await outcome(ask(), info.context.trace.trace_id)
+
+    @field("What holds memory, who waits for some, and what was decided.")
+    async def rotation(self, info: GraphInfo) -> RotationState:
+        return RotationState.of(await info.context.services.gateway.router.rotation())
 
     @field("One reply, running or ended.")
     async def stream_session(

@@ -17,13 +17,18 @@ from serve_app.replies import LiveReply
 GraphInfo = Info[Context, None]
 
 
-def iso(moment: datetime) -> str:
+def iso(time: datetime) -> str:
     """ISO 8601 in UTC, with milliseconds and a ``Z``."""
-    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return time.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def iso_from_epoch(seconds: float | None) -> str | None:
-    return None if seconds is None else iso(datetime.fromtimestamp(seconds, UTC))
+def moment(epoch_s: float) -> str:
+    """Seconds since 1970, as :func:`iso` writes them."""
+    return iso(datetime.fromtimestamp(epoch_s, UTC))
+
+
+def moment_or_none(epoch_s: float | None) -> str | None:
+    return None if epoch_s is None else moment(epoch_s)
 
 
 @strawberry.type
