@@ -1,0 +1,273 @@
+"""How figures are made that may be published: paired rounds in random order, ratios with intervals, and refusals.
+
+A *round* measures every contender once, in an order drawn anew; a ratio is taken within a round, so that what slows the
+machine down for a minute slows both sides down. The result of a scenario is a :class:`Result`: rows with verdicts, the
+machine, and every reason why the figures are not worth publishing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import psutil
+
+from benchmarks.client import progress
+from benchmarks.machine import Quiet, facts, look, tree, use_of
+from benchmarks.stats import Interval, bootstrap, paired_ratio
+
+RESULTS = Path(__file__).resolve().parent / "results"
+FOREIGN_SHARE = 0.10
+"""Of the processors' time during a round that processes outside the benchmark may take."""
+FEWEST_ROUNDS = 5
+
+Figures = Mapping[str, float]
+Verdict = Literal["reached", "missed", "open", "reported"]
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """``measure(seed)`` runs one round's load and returns its figures; ``processes`` are those of its server."""
+
+    name: str
+    measure: Callable[[int], Figures]
+    processes: Callable[[], Iterable[psutil.Process]] = lambda: ()
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A bound: ``at_least`` or ``at_most``."""
+
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def verdict(self, value: Interval) -> Verdict:
+        """ "open" where the interval leaves it open."""
+        bound = self.at_least if self.at_least is not None else self.at_most
+        if bound is None:
+            return "reported"
+        if value.crosses(bound):
+            return "open"
+        good = value.median >= bound if self.at_least is not None else value.median <= bound
+        return "reached" if good else "missed"
+
+    def to_json(self) -> dict[str, float]:
+        named = {"at_least": self.at_least, "at_most": self.at_most}
+        return {name: bound for name, bound in named.items() if bound is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of a table. ``value`` has ``unit``; for a ratio, ``sides`` holds the medians that it is made of."""
+
+    what: str
+    value: Interval
+    unit: str
+    target: Target = Target()
+    sides: Mapping[str, float] = field(default_factory=dict)
+    sides_unit: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "what": self.what,
+            "value": self.value.to_json(),
+            "unit": self.unit,
+            "target": self.target.to_json(),
+            "verdict": self.target.verdict(self.value),
+            "sides": dict(self.sides),
+            "sides_unit": self.sides_unit,
+        }
+
+
+@dataclass(slots=True)
+class Measured:
+    """The figures of every round by contender, and the share of the processors that others took in each."""
+
+    rounds: dict[str, list[Figures]]
+    foreign: list[float]
+
+    def values(self, contender: str, figure: str) -> list[float]:
+        return [figures[figure] for figures in self.rounds[contender]]
+
+    def ratio(self, what: str, ours: str, theirs: str, figure: str, unit: str, target: Target = Target()) -> Row:
+        """ours / theirs of one figure."""
+        mine, others = self.values(ours, figure), self.values(theirs, figure)
+        sides = {ours: median(mine), theirs: median(others)}
+        return Row(what, paired_ratio(mine, others), "ratio", target, sides, unit)
+
+    def value(self, what: str, contender: str, figure: str, unit: str, target: Target = Target()) -> Row:
+        return Row(what, bootstrap(self.values(contender, figure)), unit, target)
+
+
+def measure(
+    contenders: Sequence[Contender], rounds: int, seed: int = 0, title: str = "", warm_up: bool = True
+) -> Measured:
+    """Measure every contender in ``rounds`` rounds, after one that does not count (at the run's own concurrency)."""
+    rng = random.Random(seed)
+    found = Measured({contender.name: [] for contender in contenders}, [])
+    with progress() as bar:
+        task = bar.add_task(title or "rounds", total=(rounds + warm_up) * len(contenders))
+        for number in range(-int(warm_up), rounds):
+            for contender in rng.sample(list(contenders), len(contenders)):
+                bar.update(task, description=f"{title} {contender.name}".strip())
+                with ForeignMeter(contenders) as meter:
+                    figures = contender.measure(seed + 1000 + number)
+                bar.advance(task)
+                if number >= 0:
+                    found.rounds[contender.name].append(figures)
+                    found.foreign.append(meter.share)
+    return found
+
+
+class ForeignMeter:
+    """The share of the processors that neither this process nor any contender's took during a ``with`` block."""
+
+    def __init__(self, contenders: Iterable[Contender]) -> None:
+        self._contenders = list(contenders)
+        self.share = 0.0
+
+    def _look(self) -> tuple[float, float, dict[int, float]]:
+        mine = {process.pid: process for process in tree(os.getpid())}
+        for contender in self._contenders:
+            mine |= {process.pid: process for process in contender.processes()}
+        times = psutil.cpu_times()
+        idle = times.idle + getattr(times, "iowait", 0.0)
+        return sum(times), idle, {pid: use.cpu_s for pid, use in use_of(mine.values()).items()}
+
+    def __enter__(self) -> ForeignMeter:
+        self._before = self._look()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        (whole, idle, before), (whole_after, idle_after, after) = self._before, self._look()
+        own = sum(used - before.get(pid, 0.0) for pid, used in after.items())
+        busy = (whole_after - whole) - (idle_after - idle)
+        self.share = max(0.0, busy - own) / max(whole_after - whole, 1e-9)
+
+
+@dataclass(slots=True)
+class Result:
+    """What a scenario came to, as it is written to ``benchmarks/results/<scenario>.json``."""
+
+    scenario: str
+    title: str
+    quick: bool
+    out: Path
+    quiet: Quiet
+    rows: list[Row] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    foreign: list[float] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls, scenario: str, title: str, given: argparse.Namespace) -> Result:
+        """To be called before any server is started: it looks whether the machine is quiet.
+
+        Args:
+            scenario: name of the result's file.
+            given: the arguments of :func:`parser`.
+        """
+        quiet = look(0.5 if given.quick else 2.0)
+        folder = given.out or (RESULTS / "quick" if given.quick else RESULTS)
+        result = cls(scenario, title, given.quick, folder, quiet)
+        result.settings["seed"] = given.seed
+        if given.quick:
+            result.problems.append("a quick run: too few rounds for figures to rely on")
+        if quiet.problem:
+            result.problems.append(quiet.problem)
+        return result
+
+    def add(self, measured: Measured, *rows: Row) -> None:
+        """Rows out of measured rounds."""
+        self.rows += rows
+        self.foreign += measured.foreign
+
+    def finish(self) -> dict[str, Any]:
+        """The JSON, judged."""
+        problems = list(self.problems)
+        if self.foreign and median(self.foreign) > FOREIGN_SHARE:
+            problems.append(f"others took {median(self.foreign):.0%} of the processors during the rounds")
+        fewest = min((row.value.rounds for row in self.rows), default=0)
+        if not self.quick and fewest < FEWEST_ROUNDS:
+            problems.append(f"only {fewest} rounds; {FEWEST_ROUNDS} are the fewest that make an interval")
+        return {
+            "scenario": self.scenario,
+            "title": self.title,
+            "command": command(),
+            "quick": self.quick,
+            "publishable": not problems,
+            "problems": problems,
+            "machine": facts(),
+            "quiet": self.quiet.to_json(),
+            "foreign_share": round(median(self.foreign), 3) if self.foreign else None,
+            "settings": self.settings,
+            "rows": [row.to_json() for row in self.rows],
+            "details": self.details,
+        }
+
+    def write(self) -> Path:
+        """Write the JSON (a quick run beside the published ones, never over them) and print the table."""
+        path = self.out / f"{self.scenario}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = self.finish()
+        path.write_text(json.dumps(rounded(found), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        print("\n".join(lines(found)), flush=True)  # noqa: T201
+        return path
+
+
+def command() -> str:
+    """How this program was started, as one would type it."""
+    module = sys.modules["__main__"].__spec__
+    given = [word if word.isprintable() and " " not in word else repr(word) for word in sys.argv[1:]]
+    return " ".join(["python", "-m", module.name if module else sys.argv[0], *given])
+
+
+def rounded(value: Any) -> Any:
+    """JSON with five significant digits: more is noise, and diffs stay readable."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, Mapping):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def lines(found: Mapping[str, Any]) -> Iterable[str]:
+    """A result as text for a terminal."""
+    yield f"{found['title']} ({'quick' if found['quick'] else 'full'})"
+    for row in found["rows"]:
+        value = row["value"]
+        bound = "".join(f" ({name.replace('_', ' ')} {limit:g})" for name, limit in row["target"].items())
+        sides = ", ".join(f"{name} {side:.4g}" for name, side in row["sides"].items())
+        yield (
+            f"  {row['what']}: {value['median']:.3g} [{value['low']:.3g}, {value['high']:.3g}] {row['unit']}{bound}: "
+            f"{row['verdict']}" + (f"   {sides} {row['sides_unit']}" if sides else "")
+        )
+    for problem in found["problems"]:
+        yield f"  not for publication: {problem}"
+
+
+def parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The arguments that every scenario has."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--rounds", type=int, default=None, help=f"paired rounds (default {rounds}; 2 with --quick)")
+    made.add_argument(
+        "--quick", action="store_true", help="small and short, to see that it works; marked in the result"
+    )
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--out", type=Path, help="folder of the results (default benchmarks/results, or quick/ below it)")
+    made.set_defaults(full_rounds=rounds)
+    return made
+
+
+def rounds_of(given: argparse.Namespace) -> int:
+    """The rounds to run."""
+    return int(given.rounds or (2 if given.quick else given.full_rounds))

@@ -1,0 +1,106 @@
+"""What the platform keeps of a known pace: the scripted engine emits token n at t0 + n · 10 ms, whatever happens.
+
+``python -m benchmarks.scenarios.paced`` asks for 32 and 64 such streams at once from Rotunda and from plain Ray Serve
+with the same engine, and reports the share of the offered rate that arrived, the gap between tokens, and the CPU per
+token of all processes but the client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from benchmarks.arrivals import Planned
+from benchmarks.client import Load
+from benchmarks.machine import CpuMeter
+from benchmarks.metrics import Sample
+from benchmarks.protocol import Contender, Result, Target, measure, parser, rounds_of
+from benchmarks.servers import Server, on, plain_serve, rotunda
+from benchmarks.stats import percentile
+
+PACE = 0.01
+MODEL = "bench/paced"
+
+
+def scripted(**args: Any) -> dict[str, Any]:
+    """Arguments of a model application with the scripted engine."""
+    return {
+        "model": MODEL, "engine": "scripted", "num_cpus": 1, "min_replicas": 1, "max_replicas": 1,
+        "max_concurrency": 128, "options": {"pace": PACE, "tokens": 1_000_000}, **args,
+    }  # fmt: skip
+
+
+def contender(server: Server, streams: int, tokens: int) -> Contender:
+    """``streams`` replies of ``tokens`` tokens at once, all sent together."""
+
+    def one_round(seed: int) -> dict[str, float]:
+        planned = [Planned(0.0, server.model, f"stream {index} of {seed}", tokens) for index in range(streams)]
+        with CpuMeter(server.processes) as meter:
+            run = asyncio.run(Load(server.url, server.surface, concurrency=streams).run(planned))
+        found = run.metrics()
+        if found["failed"]:
+            raise RuntimeError(f"{server.name}: {found['errors']}")
+        gaps = [gap for sample in run.samples for gap in sample.gaps]
+        return {
+            "share": offered_share(run.samples, tokens),
+            "gap_p50_ms": percentile(gaps, 50) * 1000,
+            "gap_p99_ms": percentile(gaps, 99) * 1000,
+            "cpu_us_per_token": meter.spent.total / found["total_output_tokens"] * 1e6,
+            "ttft_p50_ms": found["median_ttft_ms"],
+            "tokens_per_chunk": found["tokens_per_chunk"],
+        }
+
+    return Contender(server.name, one_round, server.processes)
+
+
+def offered_share(samples: Sequence[Sample], tokens: int) -> float:
+    """The rate that arrived over the rate that was offered, all streams together: from the first token of any to the
+    last token of any, one token per PACE and stream was offered."""
+    begun = min(sample.times[0] for sample in samples)
+    ended = max(sample.times[-1] for sample in samples)
+    return (tokens - 1) * PACE / (ended - begun)
+
+
+def main() -> None:
+    arguments = parser(__doc__, rounds=7)
+    arguments.add_argument("--streams", type=int, nargs="+", default=[32, 64])
+    arguments.add_argument("--tokens", type=int, default=None, help="of each stream (default 500; 100 with --quick)")
+    given = arguments.parse_args()
+    tokens = given.tokens or (100 if given.quick else 500)
+    result = Result.begin("paced", "A known pace: one token per stream every 10 ms", given)
+    result.settings |= {"pace_s": PACE, "tokens": tokens, "store": "on (SQLite) on the chat service's own surface"}
+    options = {"max_concurrency": 128, "extra": {"pace": PACE, "tokens": 1_000_000}}
+    with ExitStack() as stack:
+        ours = stack.enter_context(rotunda([scripted()], surface="sse", settings="one ingress, HAProxy"))
+        plain = stack.enter_context(plain_serve(MODEL, options=options))
+        without = on(ours, "completions")
+        for streams in given.streams:
+            found = measure(
+                [contender(server, streams, tokens) for server in (ours, without, plain)],
+                rounds_of(given), given.seed, f"{streams} streams:",
+            )  # fmt: skip
+            kept, kept_off = (0.90, 0.94) if streams <= 32 else (0.80, 0.87)
+            quarter = Target(at_most=0.25)
+            share, cpu = "share of the offered rate that arrived", "CPU per token, all processes but the client"
+            stored = f"{streams} streams, stored ({ours.surface.name})"
+            passing = f"{streams} streams, nothing stored ({without.surface.name})"
+            result.add(
+                found,
+                found.value(f"{stored}: {share}", ours.name, "share", "share", Target(at_least=kept)),
+                found.value(f"{passing}: {share}", without.name, "share", "share", Target(at_least=kept_off)),
+                found.value(f"{streams} streams, plain Serve: {share}", plain.name, "share", "share"),
+                found.value(f"{stored}: p50 gap", ours.name, "gap_p50_ms", "ms", Target(at_most=11)),
+                found.value(f"{passing}: p50 gap", without.name, "gap_p50_ms", "ms", Target(at_most=11)),
+                found.ratio(f"{stored}: {cpu}", ours.name, plain.name, "cpu_us_per_token", "µs", quarter),
+                found.ratio(
+                    f"{passing}: {cpu}", without.name, plain.name, "cpu_us_per_token", "µs", Target(at_most=0.25)
+                ),
+            )
+            result.details[f"{streams} streams"] = found.rounds
+    result.write()
+
+
+if __name__ == "__main__":
+    main()
