@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import report
 from serve_app.cli.reference import command_line, generated
 from serve_app.config import SETTINGS, GatewayArgs, ModelArgs, Platform, UpstreamArgs, load
 from serve_app.config.reference import json_schema
@@ -56,3 +57,14 @@ def test_every_command_is_documented() -> None:
     text = command_line()
     for name in ("models", "ps", "load", "unload", "pin", "plan", "chat", "config check", "config show", "db upgrade"):
         assert f"\n## rotunda {name}\n" in text
+
+
+def test_the_benchmark_page_says_what_the_results_say() -> None:
+    text = report.PAGE.read_text(encoding="utf-8")
+    assert text == report.page(report.read(), text), "stale: run `python -m benchmarks.report`"
+
+
+def test_every_plot_of_the_documentation_exists() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)]+\.svg)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).is_file(), f"{page.name} shows {target}"

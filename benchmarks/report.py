@@ -1,0 +1,158 @@
+"""``docs/benchmarks.md`` and the plots, written from ``benchmarks/results/*.json`` and from nothing else.
+
+``python -m benchmarks.report`` rewrites the generated part of the page and, where matplotlib is installed (the extra
+``bench``), the plots below ``docs/plots``. A test holds the page to the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.protocol import RESULTS
+from serve_app.config.reference import between
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "benchmarks.md"
+README = ROOT / "README.md"
+ORDER = ("engine_5M", "engine_30M", "engine_90M", "batch_scaling", "hops", "gateway", "paced", "replicas", "overload")
+SIGNS = {"at_least": "≥", "at_most": "≤"}
+
+Found = Mapping[str, Any]
+
+
+def read(folder: Path = RESULTS) -> list[Found]:
+    """Every result in the folder that has rows, in the page's order."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    places = {name: place for place, name in enumerate(ORDER)}
+    return sorted(
+        (result for result in found if "rows" in result),
+        key=lambda result: (places.get(result["scenario"], len(ORDER)), result["scenario"]),
+    )
+
+
+def tables(results: Sequence[Found]) -> str:
+    """The generated part of the page."""
+    good = [result for result in results if result["publishable"]]
+    others = [result for result in results if not result["publishable"]]
+    parts = [*_counts(good)]
+    for result in good:
+        parts += _section(result)
+    if others:
+        parts += [
+            "### Measured, but not to be relied on",
+            "",
+            "Each says why; the figures show that the scenario runs.",
+            "",
+        ]
+        for result in others:
+            parts += _section(result, "####")
+    return "\n".join(parts)
+
+
+def _counts(results: Sequence[Found]) -> Iterator[str]:
+    verdicts = [row["verdict"] for result in results for row in result["rows"] if row["target"]]
+    if verdicts:
+        told = ", ".join(f"{verdicts.count(name)} {name}" for name in ("reached", "open", "missed"))
+        yield f"{len(verdicts)} targets: {told}. Open: the interval leaves it open on which side the value lies."
+        yield ""
+
+
+def _section(result: Found, level: str = "###") -> Iterator[str]:
+    yield f"{level} {result['title']}"
+    yield ""
+    yield f"`{result['command']}`"
+    yield ""
+    yield from _table(result["rows"])
+    yield ""
+    yield _conditions(result)
+    for problem in result["problems"]:
+        yield f"**Not for publication:** {problem}."
+    yield ""
+
+
+def _table(rows: Iterable[Found]) -> Iterator[str]:
+    yield "| | measured | median [95 % interval] | target | |"
+    yield "|---|---|---|---|---|"
+    for row in rows:
+        value = row["value"]
+        middle = f"{number(value['median'])} [{number(value['low'])}, {number(value['high'])}]"
+        unit = "" if row["unit"] == "ratio" else f" {row['unit']}"
+        mark = f"**{row['verdict']}**" if row["verdict"] == "missed" else row["verdict"]
+        yield f"| {row['what']} | {_sides(row)} | {middle}{unit} | {_bound(row['target'])} | {mark} |"
+
+
+def _sides(row: Found) -> str:
+    told = ", ".join(f"{name} {number(value)}" for name, value in row["sides"].items())
+    return f"{told} {row['sides_unit']}" if told else ""
+
+
+def _bound(target: Mapping[str, float]) -> str:
+    return " ".join(f"{SIGNS[name]} {limit:g}" for name, limit in target.items())
+
+
+def _conditions(result: Found) -> str:
+    machine = result["machine"]
+    rounds = sorted({row["value"]["rounds"] for row in result["rows"]})
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    settings = ", ".join(f"{name} {_told(value)}" for name, value in result["settings"].items())
+    foreign = result["foreign_share"]
+    return (
+        f"{machine['date'][:10]}, {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; "
+        f"{' or '.join(map(str, rounds))} rounds"
+        + (f"; others took {foreign:.0%} of the processors" if foreign is not None else "")
+        + f"; {versions}. Settings: {settings}."
+    )
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "(" + "; ".join(f"{name}: {_told(inner)}" for name, inner in value.items()) + ")"
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    if value == 0 or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    digits = f"{value:.3g}"
+    return digits if "e" not in digits else f"{value:.6f}".rstrip("0")
+
+
+def page(results: Sequence[Found], text: str) -> str:
+    """The page with its generated part anew."""
+    return between(text, "results", tables(results))
+
+
+def headline(results: Sequence[Found]) -> str:
+    """The README's table: the first row with a target of each published result."""
+    lines = ["| | ratio [95 % interval] | target |", "|---|---|---|"]
+    for result in results:
+        for row in result["rows"]:
+            if result["publishable"] and row["target"] and row["sides"]:
+                value = row["value"]
+                told = f"{number(value['median'])} [{number(value['low'])}, {number(value['high'])}]"
+                lines.append(f"| {row['what']} | {told} | {_bound(row['target'])} |")
+                break
+    return "\n".join(lines) if len(lines) > 2 else "Nothing has been published yet."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--no-plots", action="store_true", help="tables only")
+    given = parser.parse_args()
+    results = read()
+    PAGE.write_text(page(results, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"wrote {PAGE.relative_to(ROOT)} from {len(results)} results")  # noqa: T201
+    if not given.no_plots:
+        from benchmarks import plots
+
+        for path in plots.draw(results, ROOT / "docs" / "plots"):
+            print(f"wrote {path.relative_to(ROOT)}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
