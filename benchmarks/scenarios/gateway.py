@@ -1,4 +1,4 @@
-"""What a gateway adds before an upstream that answers at once: Rotunda and LiteLLM's proxy, against the upstream itself.
+"""What a gateway adds before an upstream that answers at once: Rotunda and LiteLLM's proxy.
 
 ``python -m benchmarks.scenarios.gateway``: OpenAI chat completions of 16 tokens, 1 and 16 streams.
 """
@@ -80,18 +80,13 @@ def main() -> None:
                 result.add(found, added(what, found.values(server.name, "ttft_p50_ms"), base, "ms", Target()))
             for other in servers[2:]:
                 even = Target(at_most=1.0 if streams == 1 else None)
-                result.add(
-                    found,
-                    found.ratio(
-                        f"{at}: TTFT p50 against {other.name}", ours.name, other.name, "ttft_p50_ms", "ms", even
-                    ),
-                    found.ratio(
-                        f"{at}: CPU per request against {other.name}", ours.name, other.name, "cpu_ms_per_request", "ms"
-                    ),
-                    found.ratio(
-                        f"{at}: requests/s against {other.name}", ours.name, other.name, "requests_per_s", "1/s"
-                    ),
-                )
+                for what, figure, unit, target in (
+                    ("TTFT p50", "ttft_p50_ms", "ms", even),
+                    ("CPU per request", "cpu_ms_per_request", "ms", Target()),
+                    ("requests/s", "requests_per_s", "1/s", Target()),
+                ):
+                    against = f"{at}: {what} against {other.name}"
+                    result.add(found, found.ratio(against, ours.name, other.name, figure, unit, target))
             result.details[at] = found.rounds
     result.write()
 
