@@ -9,10 +9,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check format models tiny-chat tiny-vision clean
+.PHONY: help install serve test check format bench bench-peers bench-publish chaos models tiny-chat tiny-vision clean
 
 help:  ## list the commands
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -50,6 +50,24 @@ check: $(VENV)/installed-dev  ## formatter, linter, types, import contracts, doc
 format: $(VENV)/installed-dev  ## let the formatter and the linter mend what they can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+$(VENV)/installed-bench: $(VENV)/installed-dev
+	$(PIP) --editable '.[bench]'
+	@touch $@
+
+bench: $(VENV)/installed-bench  ## a short benchmark without peers, at most ten minutes; results are marked quick
+	$(BIN)/python -m benchmarks quick
+
+bench-peers: $(VENV)/installed-bench  ## install the peers into environments of their own, and measure against them
+	PYTHON=$(abspath $(BIN)/python) benchmarks/peers/install.sh
+	$(BIN)/python -m benchmarks peers
+
+bench-publish: $(VENV)/installed-bench  ## what docs/benchmarks.md shows, on an otherwise idle machine
+	PYTHON=$(abspath $(BIN)/python) benchmarks/peers/install.sh transformers litellm
+	$(BIN)/python -m benchmarks publish
+
+chaos: $(VENV)/installed-dev  ## faults during load, with the invariants checked (minutes)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/chaos --chaos
 
 models: $(VENV)/installed  ## train the two shipped models again, side by side (about 42 and 20 CPU minutes)
 	$(MAKE) -j2 tiny-chat tiny-vision

@@ -168,14 +168,21 @@ def load_once(load: Load, planned: Sequence[Planned], bar: Progress | None = Non
         return asyncio.run(load.run(planned, told))
 
 
-def _bounds(given: Iterable[str]) -> dict[str, float]:
-    """``ttft:200`` (milliseconds) → seconds by name."""
+def bounds(given: Iterable[str]) -> dict[str, float]:
+    """``ttft:200`` (milliseconds) → seconds by name.
+
+    Raises:
+        ValueError: another name, or no number.
+    """
     found = {}
     for text in given:
         name, _, value = text.partition(":")
         if name not in SLO_NAMES:
-            raise SystemExit(f"{name!r} is none of {', '.join(SLO_NAMES)}")
-        found[name] = float(value) / 1000
+            raise ValueError(f"{name!r} is none of {', '.join(SLO_NAMES)}")
+        try:
+            found[name] = float(value) / 1000
+        except ValueError:
+            raise ValueError(f"{text!r} is no bound; write for instance {name}:200, in milliseconds") from None
     return found
 
 
@@ -222,7 +229,7 @@ def main() -> int:
         "burstiness": given.burstiness,
         "max_concurrency": given.concurrency,
         "seed": given.seed,
-        **run.metrics(_bounds(given.goodput)),
+        **run.metrics(bounds(given.goodput)),
         "load_average": [run.load_before, run.load_after],
         "machine": facts(),
     }

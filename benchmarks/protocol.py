@@ -12,6 +12,7 @@ import json
 import os
 import random
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from benchmarks.stats import Interval, bootstrap, paired_ratio
 RESULTS = Path(__file__).resolve().parent / "results"
 FOREIGN_SHARE = 0.10
 """Of the processors' time during a round that processes outside the benchmark may take."""
-FEWEST_ROUNDS = 5
+FEWEST_ROUNDS = 3
 
 Figures = Mapping[str, float]
 Verdict = Literal["reached", "missed", "open", "reported"]
@@ -35,11 +36,20 @@ Verdict = Literal["reached", "missed", "open", "reported"]
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """``measure(seed)`` runs one round's load and returns its figures; ``processes`` are those of its server."""
+    """One side of a comparison.
+
+    Args:
+        measure: runs one round's load (with this seed) and returns its figures.
+        processes: those of its server.
+        warm_up: instead of ``measure`` in the round that does not count, for instance with shorter replies.
+        most_rounds: for a peer so slow that its rounds would take all the time; its ratios are of those rounds.
+    """
 
     name: str
     measure: Callable[[int], Figures]
     processes: Callable[[], Iterable[psutil.Process]] = lambda: ()
+    warm_up: Callable[[int], object] | None = None
+    most_rounds: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +99,8 @@ class Row:
 
 @dataclass(slots=True)
 class Measured:
-    """The figures of every round by contender, and the share of the processors that others took in each."""
+    """The figures of every round by contender, and the share of the processors that others took in each. A contender
+    with ``most_rounds`` has only the first ones."""
 
     rounds: dict[str, list[Figures]]
     foreign: list[float]
@@ -100,6 +111,8 @@ class Measured:
     def ratio(self, what: str, ours: str, theirs: str, figure: str, unit: str, target: Target = Target()) -> Row:
         """ours / theirs of one figure."""
         mine, others = self.values(ours, figure), self.values(theirs, figure)
+        both = min(len(mine), len(others))
+        mine, others = mine[:both], others[:both]
         sides = {ours: median(mine), theirs: median(others)}
         return Row(what, paired_ratio(mine, others), "ratio", target, sides, unit)
 
@@ -108,22 +121,34 @@ class Measured:
 
 
 def measure(
-    contenders: Sequence[Contender], rounds: int, seed: int = 0, title: str = "", warm_up: bool = True
+    contenders: Sequence[Contender],
+    rounds: int,
+    seed: int = 0,
+    title: str = "",
+    warm_up: bool = True,
+    budget_s: float | None = None,
 ) -> Measured:
-    """Measure every contender in ``rounds`` rounds, after one that does not count (at the run's own concurrency)."""
+    """Measure every contender in ``rounds`` rounds, after one that does not count (at the run's own concurrency).
+
+    With ``budget_s`` no further round begins after so many seconds, once there are FEWEST_ROUNDS.
+    """
     rng = random.Random(seed)
     found = Measured({contender.name: [] for contender in contenders}, [])
+    begun = time.monotonic()
     with progress() as bar:
         task = bar.add_task(title or "rounds", total=(rounds + warm_up) * len(contenders))
         for number in range(-int(warm_up), rounds):
+            if budget_s and number >= FEWEST_ROUNDS and time.monotonic() - begun > budget_s:
+                break
             for contender in rng.sample(list(contenders), len(contenders)):
                 bar.update(task, description=f"{title} {contender.name}".strip())
-                with ForeignMeter(contenders) as meter:
-                    figures = contender.measure(seed + 1000 + number)
-                bar.advance(task)
-                if number >= 0:
-                    found.rounds[contender.name].append(figures)
+                if number < 0:
+                    (contender.warm_up or contender.measure)(seed + 999)
+                elif contender.most_rounds is None or number < contender.most_rounds:
+                    with ForeignMeter(contenders) as meter:
+                        found.rounds[contender.name].append(contender.measure(seed + 1000 + number))
                     found.foreign.append(meter.share)
+                bar.advance(task)
     return found
 
 

@@ -79,7 +79,7 @@ def rotunda(
         num_cpus=num_cpus,
     )
     try:
-        cluster.start()
+        _start(cluster)
         for args in models:
             if args.get("min_replicas"):
                 _until_ready(cluster, str(args["model"]))
@@ -90,6 +90,13 @@ def rotunda(
         with contextlib.suppress(subprocess.TimeoutExpired, AssertionError):
             cluster.stop()
         shutil.rmtree(home, ignore_errors=True)
+
+
+def _start(cluster: Cluster) -> None:
+    try:
+        cluster.start()
+    except AssertionError as error:
+        raise RuntimeError(f"Rotunda did not start ({error}): {cluster.log[-3000:]}") from None
 
 
 def on(server: Server, surface: str) -> Server:

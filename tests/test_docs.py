@@ -55,7 +55,19 @@ def test_the_schema_describes_every_structure_by_name() -> None:
 
 def test_every_command_is_documented() -> None:
     text = command_line()
-    for name in ("models", "ps", "load", "unload", "pin", "plan", "chat", "config check", "config show", "db upgrade"):
+    for name in (
+        "models",
+        "ps",
+        "load",
+        "unload",
+        "pin",
+        "plan",
+        "chat",
+        "bench",
+        "config check",
+        "config show",
+        "db upgrade",
+    ):
         assert f"\n## rotunda {name}\n" in text
 
 

@@ -1,62 +1,29 @@
 """What sharing a forward pass is worth: the bare engine, in one process, without HTTP.
 
-``python -m benchmarks.scenarios.batch_scaling`` makes random-weight Llamas of about 5, 30 and 90 million parameters,
-runs 1, 8 and 32 streams in interleaved rounds, then measures the second turn of a long conversation and the gap between
-the tokens of running streams while a long prompt is read beside them; it prints tables and writes
-``benchmarks/results/batch_scaling.json``. Every figure is the median of the rounds, with the least and the most.
+``python -m benchmarks.scenarios.batch_scaling`` takes random-weight Llamas of about 5, 30 and 90 million parameters and
+measures 1, 8 and 32 streams (prompts of 64 words ± 50 %), the second turn of a long conversation, and the gap between
+the tokens of running streams while a long prompt is read beside them.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
-import platform
 import random
-import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
-from statistics import median
-from typing import Any
 
+from benchmarks.arrivals import VOCABULARY
+from benchmarks.models import SIZES, ensure, model_id
+from benchmarks.protocol import Contender, Result, Target, measure, parser, rounds_of
 from serve_app.domain.generation import Delta, Finish, GenerationRequest, Message, Options, Usage
 from serve_app.engines.base import Engine, EngineOptions
 from serve_app.engines.discovery import inspect
 from serve_app.engines.registry import create
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "batch_scaling.json"
-CONTEXT = 4096
-WORDS = 8000
-SIZES: dict[str, dict[str, int]] = {
-    "5M": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 6},
-    "30M": {"hidden_size": 448, "intermediate_size": 1216, "num_hidden_layers": 10, "num_attention_heads": 7},
-    "90M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 11, "num_attention_heads": 12},
-}
 STREAMS = (1, 8, 32)
 HISTORY, INTRUDER = 1500, 2000
-
-
-def make_model(path: Path, sizes: dict[str, int]) -> int:
-    """A Llama with random weights that ends no reply, and a tokenizer of whole words; its number of parameters."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=WORDS, max_position_embeddings=CONTEXT, num_key_value_heads=sizes["num_attention_heads"],
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, **sizes,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(path)
-    backend = Tokenizer(models.WordLevel({f"w{n}": n for n in range(WORDS)}, unk_token="w0"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0").save_pretrained(path)
-    return int(model.num_parameters())
+Figures = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +41,7 @@ class Run:
 
 
 def words(rng: random.Random, count: int) -> str:
-    return " ".join(f"w{rng.randrange(1, WORDS)}" for _ in range(count))
+    return " ".join(f"w{rng.randrange(1, VOCABULARY)}" for _ in range(count))
 
 
 async def ask(engine: Engine, prompt: str, tokens: int) -> Run:
@@ -142,99 +109,90 @@ async def disturbed(engine: Engine, rng: random.Random, streams: int, tokens: in
     return alone, beside, ttft
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": median(values), "least": min(values), "most": max(values)}
+class Engines:
+    """One engine per contender name, in one event loop of this process."""
+
+    def __init__(self, size: str, threads: int, tokens: int) -> None:
+        self._runner = asyncio.Runner()
+        self._tokens = tokens
+        path = ensure([size]) / model_id(size)
+        info, options = inspect(path, size), EngineOptions(threads=threads, max_concurrency=max(STREAMS))
+
+        async def make() -> Engine:
+            return await asyncio.to_thread(create, "transformers", info, options)
+
+        self.engine = self._runner.run(make())
+
+    def __enter__(self) -> Engines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._runner.run(self.engine.close())
+        self._runner.close()
+
+    def streams(self, count: int) -> Contender:
+        async def one_round(seed: int, tokens: int) -> Figures:
+            whole, steady = await throughput(self.engine, random.Random(seed), count, tokens)
+            return {"tokens_per_s": whole, "decode_tokens_per_s": steady}
+
+        return Contender(
+            f"{count} streams",
+            lambda seed: self._runner.run(one_round(seed, self._tokens)),
+            warm_up=lambda seed: self._runner.run(one_round(seed, 16)),
+        )
+
+    def turns(self) -> Contender:
+        async def one_round(seed: int) -> Figures:
+            first, second, cached = await second_turn(self.engine, random.Random(seed))
+            return {"first_ttft_ms": first * 1000, "ratio": second / first, "cached": float(cached)}
+
+        return Contender("turns", lambda seed: self._runner.run(one_round(seed)), warm_up=lambda seed: None)
+
+    def guest(self) -> Contender:
+        async def one_round(seed: int) -> Figures:
+            alone, beside, ttft = await disturbed(self.engine, random.Random(seed), 8, 2 * self._tokens)
+            return {"gap_p99_ms": alone * 1000, "growth": beside / alone, "long_prompt_ttft_ms": ttft * 1000}
+
+        return Contender("guest", lambda seed: self._runner.run(one_round(seed)), warm_up=lambda seed: None)
 
 
-def scaling(speeds: dict[int, list[float]]) -> dict[str, dict[str, float]]:
-    """Many streams against one, round by round."""
-    return {
-        str(streams): spread([many / one for one, many in zip(speeds[1], speeds[streams], strict=True)])
-        for streams in STREAMS[1:]
-    }
-
-
-async def measure(name: str, folder: Path, threads: int, rounds: int, tokens: int) -> dict[str, Any]:
-    path = folder / name
-    parameters = make_model(path, SIZES[name])
-    options = EngineOptions(threads=threads, max_concurrency=max(STREAMS))
-    engine = await asyncio.to_thread(create, "transformers", inspect(path, name), options)
-    rng = random.Random(7)
-    speeds: dict[int, list[float]] = {streams: [] for streams in STREAMS}
-    decoding: dict[int, list[float]] = {streams: [] for streams in STREAMS}
-    turns: list[tuple[float, float, int]] = []
-    gaps: list[tuple[float, float, float]] = []
-    await throughput(engine, rng, 2, 8)
-    for _ in range(rounds):
-        for streams in STREAMS:
-            whole, steady = await throughput(engine, rng, streams, tokens)
-            speeds[streams].append(whole)
-            decoding[streams].append(steady)
-        turns.append(await second_turn(engine, rng))
-        gaps.append(await disturbed(engine, rng, 8, 2 * tokens))
-    await engine.close()
-    return {
-        "parameters": parameters,
-        "engine": engine.description,
-        "tokens_per_s": {str(streams): spread(found) for streams, found in speeds.items()},
-        "scaling": scaling(speeds),
-        "decode_tokens_per_s": {str(streams): spread(found) for streams, found in decoding.items()},
-        "decode_scaling": scaling(decoding),
-        "first_turn_s": spread([first for first, _, _ in turns]),
-        "second_turn_ratio": spread([second / first for first, second, _ in turns]),
-        "second_turn_cached_tokens": turns[0][2],
-        "p99_gap_alone_s": spread([alone for alone, _, _ in gaps]),
-        "p99_gap_growth": spread([beside / alone for alone, beside, _ in gaps]),
-        "long_prompt_ttft_s": spread([ttft for _, _, ttft in gaps]),
-    }
-
-
-def show(name: str, found: dict[str, Any]) -> str:
-    lines = [f"{name} ({found['parameters'] / 1e6:.1f} M)"]
-    for kind, title in (("", "prompts included"), ("decode_", "decoding only")):
-        speeds = ", ".join(f"{n}: {speed['median']:.0f}" for n, speed in found[f"{kind}tokens_per_s"].items())
-        ratios = ", ".join(f"{n}: {ratio['median']:.1f}x" for n, ratio in found[f"{kind}scaling"].items())
-        lines.append(f"    tokens/s by streams, {title}: {speeds} ({ratios})")
-    lines.append(
-        f"    second turn {found['second_turn_ratio']['median']:.2f} of the first "
-        f"({found['first_turn_s']['median'] * 1000:.0f} ms), {found['second_turn_cached_tokens']} tokens reused"
-    )
-    lines.append(
-        f"    p99 gap {found['p99_gap_alone_s']['median'] * 1000:.0f} ms, x{found['p99_gap_growth']['median']:.1f} "
-        f"beside a prompt of {INTRUDER} tokens, which takes {found['long_prompt_ttft_s']['median']:.1f} s"
-    )
-    return "\n".join(lines)
+def one_size(size: str, given: argparse.Namespace, result: Result) -> None:
+    with Engines(size, given.threads, result.settings["new_tokens"]) as engines:
+        result.settings[size] = engines.engine.description
+        contenders = [*(engines.streams(count) for count in STREAMS), engines.turns(), engines.guest()]
+        found = measure(contenders, rounds_of(given), given.seed, f"{size}:", budget_s=given.budget)
+    for count in STREAMS[1:]:
+        bound = {("90M", 8): 3.0, ("5M", 32): 7.0}.get((size, count))
+        for figure, kind in (("tokens_per_s", "prompts included"), ("decode_tokens_per_s", "decoding only")):
+            what = f"{size}: tokens/s at {count} streams over one, {kind}"
+            target = Target(at_least=bound)
+            result.add(found, found.ratio(what, f"{count} streams", "1 streams", figure, "tokens/s", target))
+    result.rows += [
+        found.value(
+            f"{size}: second turn after {HISTORY} tokens, time to first token over the first's", "turns", "ratio",
+            "ratio", Target(at_most=0.25),
+        ),
+        found.value(
+            f"{size}: growth of the p99 gap of 8 streams beside a prompt of {INTRUDER:,} tokens", "guest", "growth",
+            "ratio", Target(at_most=2.0),
+        ),
+        found.value(f"{size}: time to first token of that prompt", "guest", "long_prompt_ttft_ms", "ms"),
+    ]  # fmt: skip
+    result.details[size] = found.rounds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    given = parser.parse_args()
-    results: dict[str, Any] = {
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "load": os.getloadavg()[0],
-            "threads": given.threads,
-            "python": platform.python_version(),
-            "torch": version("torch"),
-            "transformers": version("transformers"),
-        },
-        "rounds": given.rounds,
-        "new_tokens": given.tokens,
-        "models": {},
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        for name in given.sizes:
-            found = asyncio.run(measure(name, Path(folder), given.threads, given.rounds, given.tokens))
-            results["models"][name] = found
-            print(show(name, found), flush=True)  # noqa: T201
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    arguments = parser(__doc__, rounds=5)
+    arguments.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    arguments.add_argument("--threads", type=int, default=1)
+    arguments.add_argument("--tokens", type=int, help="of each reply (default 128; 48 with --quick)")
+    arguments.add_argument("--budget", type=float, help="seconds for each size")
+    given = arguments.parse_args()
+    result = Result.begin("batch_scaling", "What sharing a forward pass is worth: the bare engine", given)
+    result.settings |= {"threads": given.threads, "new_tokens": given.tokens or (48 if given.quick else 128)}
+    for size in given.sizes:
+        one_size(size, given, result)
+        result.write()
 
 
 if __name__ == "__main__":

@@ -94,17 +94,20 @@ def figures(found: dict[str, Any], name: str, tokens: int) -> dict[str, float]:
     return {name: found[name] for name in wanted}
 
 
-def served(server: Server, streams: int, tokens: int) -> Contender:
-    def one_round(seed: int) -> dict[str, float]:
-        planned = requests(server.model, streams, tokens, seed)
+def served(server: Server, streams: int, tokens: int, most_rounds: int | None = None) -> Contender:
+    def one_round(seed: int, length: int = tokens) -> dict[str, float]:
+        planned = requests(server.model, streams, length, seed)
         run = asyncio.run(Load(server.url, server.surface, concurrency=streams).run(planned))
-        return figures(run.metrics(), server.name, tokens)
+        return figures(run.metrics(), server.name, length)
 
-    return Contender(server.name, one_round, server.processes)
+    return Contender(server.name, one_round, server.processes, lambda seed: one_round(seed, 16), most_rounds)
 
 
 def bare(engine: BareEngine, streams: int, tokens: int) -> Contender:
-    return Contender(BARE, lambda seed: figures(engine.load(requests("", streams, tokens, seed)), BARE, tokens))
+    def one_round(seed: int, length: int = tokens) -> dict[str, float]:
+        return figures(engine.load(requests("", streams, length, seed)), BARE, length)
+
+    return Contender(BARE, one_round, warm_up=lambda seed: one_round(seed, 16))
 
 
 def rows(found: Measured, size: str, streams: int, ours: str, stored: str) -> list[Row]:
@@ -160,10 +163,12 @@ def one_size(size: str, given: Any, result: Result) -> None:
         result.settings["peers"] = {peer.name: peer.settings for peer in peers}
         for streams in given.streams:
             some = [peer for peer in peers if peer.name != LLAMA or streams == 8]
-            contenders = [served(server, streams, tokens) for server in (ours, *some)]
+            slow = {DEFAULT: given.slow_rounds} if streams > 1 else {}
+            contenders = [served(server, streams, tokens, slow.get(server.name)) for server in (ours, *some)]
             if engine is not None and streams > 1:
                 contenders += [served(stored, streams, tokens), bare(engine, streams, tokens)]
-            found = measure(contenders, rounds_of(given), given.seed, f"{size}, {streams} streams:")
+            title = f"{size}, {streams} streams:"
+            found = measure(contenders, rounds_of(given), given.seed, title, budget_s=given.budget)
             result.add(found, *rows(found, size, streams, ours.name, stored.name))
             result.details[f"{size}/{streams}"] = {
                 name: list(map(dict, rounds)) for name, rounds in found.rounds.items()
@@ -178,6 +183,9 @@ def main() -> None:
     arguments.add_argument("--threads", type=int, default=1, help="of every engine (default %(default)s)")
     arguments.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     arguments.add_argument("--no-bare", action="store_true", help="leave out the engine alone")
+    slow = "of transformers' default mode at 8 and 32 streams, which takes minutes (default: as the others)"
+    arguments.add_argument("--slow-rounds", type=int, help=f"rounds {slow}")
+    arguments.add_argument("--budget", type=float, help="seconds for each size and number of streams")
     given = arguments.parse_args()
     for size in given.sizes:
         result = Result.begin(f"engine_{size}", f"A Llama of {size} parameters against peers, over HTTP", given)

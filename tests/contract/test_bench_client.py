@@ -9,11 +9,13 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from benchmarks.arrivals import Planned, plan
 from benchmarks.client import Load
 from benchmarks.surfaces import SURFACES
 from benchmarks.wire import Target, exchange, request_bytes
+from serve_app.cli import app
 
 PACE = 0.02
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -142,3 +144,37 @@ async def test_a_plan_reaches_the_server_whole() -> None:
         run = await Load(url, SURFACES["sse"]).run(planned)
     assert server.seen == 20
     assert len(run.samples) == 20
+
+
+async def test_rotunda_bench_shows_the_figures_of_a_load() -> None:
+    async with running() as (server, url):
+        words = ["bench", "m", "--requests", "4", "--concurrency", "2", "--url", url, "--slo", "ttft:60000"]
+        shown = await asyncio.to_thread(CliRunner().invoke, app, words)
+        told = await asyncio.to_thread(CliRunner().invoke, app, [*words, "--json"])
+    assert shown.exit_code == 0, shown.output
+    assert "4 of 4 replies" in shown.output
+    assert "good: 100% of all sent" in shown.output
+    assert json.loads(told.stdout)["total_output_tokens"] == 12
+    assert server.most == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--surface", "soap"], "no surface"),
+        (["--slo", "speed:3"], "none of ttft"),
+        (["--slo", "ttft:fast"], "no bound"),
+        (["--rate", "0"], "above 0"),
+        (["--url", "ftp://here"], "no http"),
+    ],
+)
+def test_rotunda_bench_refuses_what_it_cannot_do(words: list[str], reason: str) -> None:
+    shown = CliRunner().invoke(app, ["bench", "m", *words])
+    assert shown.exit_code == 2
+    assert reason in shown.output
+
+
+def test_rotunda_bench_says_when_nothing_was_answered() -> None:
+    shown = CliRunner().invoke(app, ["bench", "m", "--requests", "1", "--url", "http://127.0.0.1:9"])
+    assert shown.exit_code == 1
+    assert "failed: 1 × refused" in shown.output

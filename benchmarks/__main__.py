@@ -1,0 +1,118 @@
+"""``python -m benchmarks SET``: runs the scenarios of a set one after the other, each in a process of its own.
+
+One that fails or takes too long does not lose the others; what there is of results is written, and at the end a line
+for each says how it went. Sets: quick (make bench), peers (make bench-peers), publish (make bench-publish).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parents[1]
+PEERS = ("--peers", "transformers serve", "transformers serve CB")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One scenario with its arguments, and after how many minutes it is ended."""
+
+    scenario: str
+    arguments: tuple[str, ...] = ()
+    minutes: float = 4.0
+
+
+SETS: dict[str, tuple[Step, ...]] = {
+    "quick": (
+        Step("hops", ("--quick",), 2),
+        Step("paced", ("--quick",), 2),
+        Step("engine", ("--quick", "--sizes", "5M", "--streams", "1", "8", "--peers"), 2),
+        Step("overload", ("--quick",), 2),
+        Step("replicas", ("--quick",), 1.5),
+        Step("long_streams", ("--quick",), 1.5),
+    ),
+    "publish": (
+        Step("engine", ("--sizes", "5M", "--budget", "70", "--slow-rounds", "3", *PEERS), 6),
+        Step("paced", (), 5),
+        Step("hops", (), 3),
+        Step("engine", ("--sizes", "30M", "--budget", "90", "--slow-rounds", "1", *PEERS), 8),
+        Step("batch_scaling", (), 6),
+        Step("frames", (), 4),
+        Step("store_cost", (), 4),
+        Step("tracing_cost", (), 4),
+        Step("swap", (), 4),
+        Step("engine", ("--sizes", "90M", "--budget", "90", "--slow-rounds", "1", *PEERS), 10),
+        Step("overload", (), 5),
+        Step("replicas", (), 3),
+        Step("cold", (), 4),
+        Step("long_streams", (), 3),
+        Step("many_models", (), 4),
+        Step("gateway", (), 3),
+    ),
+    "peers": (
+        Step("engine", ("--sizes", "5M"), 20),
+        Step("engine", ("--sizes", "30M"), 40),
+        Step("engine", ("--sizes", "90M"), 60),
+        Step("gateway", (), 5),
+        Step("hops", (), 5),
+        Step("paced", (), 8),
+        Step("referee", (), 8),
+    ),
+}
+
+
+def run(step: Step) -> str:
+    """Run one scenario; what became of it, in a few words."""
+    module = f"benchmarks.scenarios.{step.scenario}"
+    if find_spec(module) is None:
+        return "not there"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-m", module, *step.arguments], cwd=ROOT, env=environment)
+    begun = time.monotonic()
+    try:
+        code = process.wait(step.minutes * 60)
+    except subprocess.TimeoutExpired:
+        # As Ctrl-C: its servers end with it.
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        return f"ended after {step.minutes:g} minutes"
+    return f"{time.monotonic() - begun:.0f} s" if code == 0 else f"failed ({code})"
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("set", choices=SETS, nargs="?", default="quick")
+    parser.add_argument("--only", nargs="+", help="these scenarios of the set")
+    parser.add_argument("--minutes", type=float, help="begin no scenario after so many")
+    given = parser.parse_args(words)
+    console, begun, ends = Console(stderr=True, highlight=False), time.monotonic(), []
+    steps = [step for step in SETS[given.set] if not given.only or step.scenario in given.only]
+    for number, step in enumerate(steps, 1):
+        name = " ".join([step.scenario, *step.arguments])
+        if given.minutes and time.monotonic() - begun > given.minutes * 60:
+            ends.append((name, "not begun: the time was over"))
+            continue
+        console.rule(f"{number} of {len(steps)}: {name}")
+        ends.append((name, run(step)))
+    if given.set != "quick":
+        subprocess.run([sys.executable, "-m", "benchmarks.report"], cwd=ROOT, check=False)
+    for name, end in ends:
+        console.print(f"{name}: {end}")
+    return 1 if any(end.startswith(("failed", "ended")) for _, end in ends) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
