@@ -34,6 +34,7 @@ from serve_app.domain.generation import Finish, GenerationRequest, Item
 from serve_app.domain.rotation_view import HISTORY, RotationView
 from serve_app.domain.routing import Admission, Ask
 from serve_app.frames import Inbox, Mailbox, unpack
+from serve_app.telemetry.spans import SpanRow
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +113,12 @@ class RouterHandle:
 
     async def command(self, action: str, model: str = "", **arguments: Any) -> dict[str, Any]:
         return await self._call("command", action, model, arguments)  # type: ignore[no-any-return]
+
+    async def traces(self, limit: int, session: str | None) -> list[dict[str, Any]] | None:
+        return await self._call("traces", limit, session)  # type: ignore[no-any-return]
+
+    async def trace(self, trace_id: str) -> list[SpanRow] | None:
+        return await self._call("trace", trace_id)  # type: ignore[no-any-return]
 
     async def _call(self, method: str, *args: Any) -> Any:
         try:

@@ -12,7 +12,9 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deployments.handles import ModelHandles, RouterHandle
+from deployments.handles import ModelHandles, RouterHandle, forever
+from deployments.reporting import REPORT_S, Reporter
+from deployments.serving import RouterLink
 from serve_app.api.access import Access
 from serve_app.api.app import create_app
 from serve_app.api.services import Services
@@ -57,15 +59,25 @@ class Ingress:
         self._store = await Store.open(url)
         files = ImageFiles(settings.image_storage_path)
         owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        gateway = Gateway(
-            RouterHandle(router), ModelHandles(owner), _limits(settings), breakers=Breakers(_rules(settings))
-        )
+        link = RouterHandle(router)
+        gateway = Gateway(link, ModelHandles(owner), _limits(settings), breakers=Breakers(_rules(settings)))
         key = await self._store.signing_key()
         access = Access(self._store, Passwords(), key, settings)
         self._sessions = Sessions(self._store, gateway, files, access.image_url, _session_limits(settings), owner)
-        self._ticking = asyncio.get_running_loop().create_task(self._sessions.tick())
+        self._reporter = Reporter("ingress", RouterLink())
+        loop = asyncio.get_running_loop()
+        self._ticking = loop.create_task(self._sessions.tick())
+        self._reporting = loop.create_task(forever(self._reporter.report, REPORT_S))
         self._services = Services(
-            settings, self._store, gateway, self._sessions, files, access, _problems(self._store, gateway)
+            settings,
+            self._store,
+            gateway,
+            self._sessions,
+            files,
+            access,
+            _problems(self._store, gateway),
+            self._reporter.tracing,
+            link,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -83,6 +95,8 @@ class Ingress:
     async def __del__(self) -> None:
         await self._sessions.close()
         self._ticking.cancel()
+        self._reporting.cancel()
+        await self._reporter.close()
         await self._store.close()
 
 

@@ -18,18 +18,20 @@ from ray import serve
 from ray.serve import Application
 
 from deployments.handles import answering, forever
+from deployments.reporting import REPORT_S, Reporter
 from deployments.serving import Outboxes, RouterLink
 from serve_app.config import ModelArgs, Settings, load
 from serve_app.domain.catalog import ModelInfo, ModelState
 from serve_app.domain.embeddings import Embeddings
 from serve_app.domain.errors import CapabilityMissing, Internal, ModelNotFound, ReplicaRetired, RotundaError
 from serve_app.domain.fleet import Report, state_from_counters
-from serve_app.domain.generation import GenerationRequest, Item
+from serve_app.domain.generation import Accepted, GenerationRequest, Item
 from serve_app.engines import registry
 from serve_app.engines.base import Counters, Engine, EngineOptions
 from serve_app.engines.discovery import discover
 from serve_app.engines.embed import EmbeddingEngine
 from serve_app.telemetry.logs import set_up_logging
+from serve_app.telemetry.recording import Load, generation
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,13 @@ class ModelReplica:
         self._loaded_at: float | None = None
         self._last_used = time.time()
         self._link = RouterLink()
-        self._heartbeat = asyncio.get_running_loop().create_task(forever(self._report, HEARTBEAT_S))
+        self._reporter = Reporter("model", self._link)
+        self._trace = Load(self._reporter.tracing, args.model)
+        loop = asyncio.get_running_loop()
+        self._tasks = [
+            loop.create_task(forever(self._report, HEARTBEAT_S)),
+            loop.create_task(forever(self._reporter.report, REPORT_S)),
+        ]
         await self._load()
 
     async def _load(self) -> None:
@@ -77,6 +85,7 @@ class ModelReplica:
             logger.info(
                 "%s loaded in %.1f s: %s", self._args.model, time.monotonic() - started, self._engine.description
             )
+        self._trace.end(self._failure)
         await self._report()
 
     def _create(self) -> Engine:
@@ -98,6 +107,7 @@ class ModelReplica:
         raise ModelNotFound(f"{self._args.model} is not in the model store.", retryable=False)
 
     def _on_progress(self, phase: str, fraction: float) -> None:
+        self._trace.progress(phase, fraction)
         self._progress = fraction if phase == "weights" else self._progress
 
     async def generate(self, request: GenerationRequest, epoch: int, ingress: str) -> AsyncIterator[bytes]:
@@ -116,11 +126,12 @@ class ModelReplica:
             return await engine.embed(texts)
 
     async def _serve(self, request: GenerationRequest) -> AsyncGenerator[Item, None]:
-        engine = self._loaded()
-        with self._timed():
-            async with aclosing(engine.generate(request)) as items:
-                async for item in items:
-                    yield item
+        with generation(self._reporter.tracing, request, self._args.model) as request:
+            engine = self._loaded()
+            with self._timed():
+                async with aclosing(engine.generate(request)) as items:
+                    async for item in items:
+                        yield replace(item, load=self._trace.carrier) if isinstance(item, Accepted) else item
 
     def _loaded(self) -> Engine:
         """The engine, or the reason why there is none for new requests."""
@@ -165,9 +176,11 @@ class ModelReplica:
             self._engine.check_health()
 
     async def __del__(self) -> None:
-        self._heartbeat.cancel()
+        for task in self._tasks:
+            task.cancel()
         if self._engine is not None:
             await self._engine.close()
+        await self._reporter.close()
         await self._link.tell("farewell", self._link.application, self._link.replica_id)
 
     def _idle_too_long(self) -> bool:

@@ -21,6 +21,7 @@ from deployments.capacity import Nodes
 from deployments.demand import local_model, parts_of
 from deployments.handles import answering, forever, translate
 from deployments.remotes import UPSTREAM_BUILDER, Remotes
+from deployments.reporting import Desk
 from serve_app.config import GatewayArgs, ModelArgs, UpstreamArgs, load, read_models
 from serve_app.config.sources import PLATFORM
 from serve_app.domain.catalog import LOCAL_PROVIDER, RESIDENT, Catalogue, Entry, ModelInfo, application_name
@@ -46,7 +47,7 @@ MODEL_DEPLOYMENT = "model"
 MODEL_BUILDER = "deployments.model:build"
 
 
-class Router:
+class Router(Desk):
     """Holds the fleet's state: one writer, on one event loop.
 
     Args:
@@ -57,6 +58,7 @@ class Router:
         set_up_logging()
         loaded = load(platform=args.platform_path() or PLATFORM, args=args.settings)
         self._settings, self._platform = loaded.settings, loaded.platform
+        self.open_desk(self._settings)
         self._store = ModelStore(self._settings.hf_model_path, self._settings.hf_default_task)
         self._serve = ServeView(self._settings.ray_dashboard_address.get_secret_value())
         self._fleet = Fleet()

@@ -16,16 +16,18 @@ from ray import serve
 from ray.serve import Application
 
 from deployments.handles import answering, forever
+from deployments.reporting import REPORT_S, Reporter
 from deployments.serving import Outboxes, RouterLink
 from serve_app.config import UpstreamArgs, load
 from serve_app.domain.catalog import ModelInfo
 from serve_app.domain.embeddings import Embeddings
 from serve_app.domain.errors import Internal, ProviderUnavailable, RotundaError
-from serve_app.domain.generation import GenerationRequest, Item
+from serve_app.domain.generation import Delta, GenerationRequest, Item
 from serve_app.domain.upstreams import UPSTREAM_DEPLOYMENT, UpstreamReport, Use
 from serve_app.providers import registry
 from serve_app.providers.base import Provider
 from serve_app.telemetry.logs import set_up_logging
+from serve_app.telemetry.recording import generation
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +65,12 @@ class Upstream:
         self._look.set()
         self._outboxes = Outboxes(args.provider, settings.hf_stream_chunk_size)
         self._link = RouterLink()
+        self._reporter = Reporter("upstream", self._link)
         loop = asyncio.get_running_loop()
         self._tasks = [
             loop.create_task(forever(self._look_at_server, 0.1)),
             loop.create_task(forever(self._report, HEARTBEAT_S)),
+            loop.create_task(forever(self._reporter.report, REPORT_S)),
         ]
 
     async def generate(self, request: GenerationRequest, epoch: int, ingress: str) -> AsyncIterator[bytes]:
@@ -76,9 +80,11 @@ class Upstream:
                 yield frame
 
     async def _serve(self, request: GenerationRequest) -> AsyncGenerator[Item, None]:
-        with self._used(request.model):
+        with self._used(request.model), generation(self._reporter.tracing, request, request.model, True) as request:
             async with aclosing(self._ready().generate(request)) as items:
                 async for item in items:
+                    if request.marks.first is None and isinstance(item, Delta):
+                        request.marks.first = time.monotonic()
                     yield item
 
     @answering
@@ -175,6 +181,7 @@ class Upstream:
             task.cancel()
         if self._provider is not None:
             await self._provider.close()
+        await self._reporter.close()
         await self._link.tell("farewell", self._link.application, self._link.replica_id)
 
 

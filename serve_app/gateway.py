@@ -25,6 +25,8 @@ from serve_app.domain.fleet import FleetView
 from serve_app.domain.generation import Accepted, Delta, Finish, GenerationRequest, Item, Timing
 from serve_app.domain.rotation_view import HISTORY, RotationView
 from serve_app.domain.routing import Admission, Ask, Candidate, Granted, Route, Waiting
+from serve_app.telemetry.recording import Record
+from serve_app.telemetry.tracing import Trail
 from serve_app.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -98,32 +100,6 @@ class Completed:
 Step = Queued | Loading | Switched | Routed | Accepted | Delta | Completed
 
 
-@dataclass
-class Record:
-    """The clock of one reply; gives its :class:`Timing`."""
-
-    clock: Callable[[], float]
-    started: float = field(init=False)
-    admitted: float | None = None
-    load_s: float = 0.0
-    first: float | None = None
-
-    def __post_init__(self) -> None:
-        self.started = self.clock()
-
-    def timing(self, finish: Finish | None = None) -> Timing:
-        now = self.clock()
-        engine_queue = finish.timing.queue_s if finish else 0.0
-        waited = (self.admitted or now) - self.started
-        return Timing(
-            queued_s=waited + engine_queue,
-            load_s=self.load_s,
-            ttft_s=None if self.first is None else self.first - self.started,
-            decode_s=0.0 if self.first is None else now - self.first,
-            total_s=now - self.started,
-        )
-
-
 class Gateway:
     """Sends requests to models. One per ingress; holds the leases that spare a call to the router.
 
@@ -150,8 +126,12 @@ class Gateway:
         self._clock = clock
         self._leases: dict[tuple[Any, ...], tuple[float, Granted]] = {}
 
-    async def admit(self, ask: Ask) -> Admission:
+    async def admit(self, ask: Ask, trail: Trail | None = None) -> Admission:
         """The router's answer, or a live lease's. Raises whatever makes the request impossible."""
+        with (trail or Trail.quiet()).phase("gateway.admit"):
+            return await self._admit(ask)
+
+    async def _admit(self, ask: Ask) -> Admission:
         key = (ask.model, ask.needs, ask.fallbacks)
         now = self._clock()
         expires, granted = self._leases.get(key, (0.0, None))
@@ -170,7 +150,7 @@ class Gateway:
                 await self.router.cancel(ask.ticket)
 
     async def reply(
-        self, ask: Ask, request: GenerationRequest, admission: Admission | None = None
+        self, ask: Ask, request: GenerationRequest, admission: Admission | None = None, trail: Trail | None = None
     ) -> AsyncGenerator[Step, None]:
         """Generate one reply; close the iterator to stop it.
 
@@ -178,23 +158,26 @@ class Gateway:
             ask: what the router is asked.
             request: what the model is asked; its ``model`` is replaced by the chosen one.
             admission: the router's first answer, when the caller has it already.
+            trail: of the request that wants the reply.
 
         Raises:
             RotundaError: no model could answer. Before the first byte the other candidates were tried.
         """
-        record = Record(self._clock)
         granted: Granted | None = None
-        async with aclosing(self._wait(ask, admission)) as news:
-            async for item in news:
-                if isinstance(item, Granted):
-                    granted = item
-                else:
-                    yield item
-        assert granted is not None
-        record.admitted = self._clock()
-        async with aclosing(self._route(ask, granted, request, record)) as steps:
-            async for step in steps:
-                yield step
+        with Record(trail or Trail.quiet(), request, self._clock) as record:
+            admission = admission or await self.admit(ask, trail)
+            with record.waiting():
+                async with aclosing(self._wait(ask, admission)) as news:
+                    async for item in news:
+                        if isinstance(item, Granted):
+                            granted = item
+                        else:
+                            record.heard(item)
+                            yield item
+            assert granted is not None
+            async with aclosing(self._route(ask, granted, request, record)) as steps:
+                async for step in steps:
+                    yield step
 
     async def embed(self, ask: Ask, texts: Sequence[str]) -> Embeddings:
         """One vector for each text, from the model that was asked for: those of another would mean something else.
@@ -245,7 +228,9 @@ class Gateway:
         self, ask: Ask, granted: Granted, request: GenerationRequest, record: Record
     ) -> AsyncGenerator[Step, None]:
         """Route: the healthy candidates in order, each as often as the backoff allows, until one has said something."""
-        candidates = self._breakers.order(granted.route.candidates, self._clock())
+        with record.trail.phase("route.decide"):
+            candidates = self._breakers.order(granted.route.candidates, self._clock())
+        record.chosen(candidates)
         detour = _detour(granted.route, candidates[0])
         if detour is not None:
             yield detour
@@ -255,9 +240,10 @@ class Gateway:
                 yield Routed(candidate)
                 self._breakers.tried(candidate.entry, self._clock())
                 try:
-                    async with aclosing(self._stream(candidate, granted, request, record)) as steps:
-                        async for step in steps:
-                            yield step
+                    with record.attempt(candidate):
+                        async with aclosing(self._stream(candidate, granted, request, record)) as steps:
+                            async for step in steps:
+                                yield step
                     self._breakers.succeeded(candidate.entry)
                     return
                 except RotundaError as error:
@@ -274,8 +260,9 @@ class Gateway:
                 if delay is None:
                     yield Switched(candidate.name, candidates[rank + 1].name, failure.message)
                     break
-                await asyncio.sleep(delay)
-                granted = await self._again(ask, granted, failure)
+                with record.backing_off():
+                    await asyncio.sleep(delay)
+                    granted = await self._again(ask, granted, failure)
 
     def _failed(self, candidate: Candidate, error: RotundaError, failures: int) -> float | None:
         """Record a failed attempt; the seconds until the next one on the same candidate, None for no more."""
@@ -300,8 +287,7 @@ class Gateway:
         """Stream one candidate's items, each within its time, and record when they came."""
         if not candidate.resident:
             yield Loading(candidate.name)
-        called = self._clock()
-        request = replace(request, model=candidate.entry.id)
+        request = replace(request, model=candidate.entry.id, trace=record.carrier)
         stream = self._backend.stream(candidate.entry, request, granted.lease.epoch)
         async with aclosing(stream) as items, _watchdog() as dog:
             phase: Phase = "load"
@@ -309,15 +295,15 @@ class Gateway:
                 item = await self._next(items, dog, phase, record, candidate.entry.provider)
                 match item:
                     case Accepted():
-                        record.load_s = 0.0 if candidate.resident else self._clock() - called
+                        record.accepted(item)
                         phase = "first token"
                         yield item
                     case Delta():
-                        record.first = record.first or self._clock()
+                        record.said(item)
                         phase = "idle"
                         yield item
                     case Finish():
-                        yield Completed(item, record.timing(item))
+                        yield Completed(item, record.finished(item))
                         return
 
     async def _next(

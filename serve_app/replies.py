@@ -12,7 +12,7 @@ from serve_app.domain.events import Token
 from serve_app.domain.generation import ContextPolicy, Delta, Image, Options, Priority
 from serve_app.live import LiveStream
 from serve_app.store.records import NewImage, Progress
-from serve_app.telemetry.propagation import TraceContext, new_trace
+from serve_app.telemetry.tracing import Trail
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class NewReply:
     context_policy: ContextPolicy = "truncate"
     on_disconnect: Literal["cancel", "detach"] = "detach"
     caller: str = "anonymous"
-    trace: TraceContext = field(default_factory=new_trace)
+    trace: Trail = field(default_factory=Trail.quiet)
 
 
 class ImageUrls(Protocol):

@@ -97,9 +97,11 @@ class Sessions:
             raise QueueFull(
                 f"This server already runs {len(self._live)} replies. Try again soon.", details={"retryAfterS": 2}
             )
-        request = await self._request(new)
+        trail = new.trace
+        with trail.phase("store.read"):
+            request = await self._request(new)
         ask = self._ask(new, request)
-        admission = await self._gateway.admit(ask)
+        admission = await self._gateway.admit(ask, trail)
         first = admission.route.first
         opening = NewSession(
             id=request.request_id,
@@ -113,12 +115,14 @@ class Sessions:
         )
         images = [upload.row for upload in new.uploads]
         try:
-            user_message, session = await self._store.begin_reply(opening, text=new.text, images=images)
+            with trail.phase("store.write"):
+                user_message, session = await self._store.begin_reply(opening, text=new.text, images=images)
         except RotundaError:
             await self._gateway.forget(ask, admission)
             raise
         reply = LiveReply(new, session, user_message, self._limits)
         self._live[session.id] = reply
+        trail.keep(session.id, new.conversation.id)
         self._spawn(self._run(reply, ask, request, admission))
         return reply
 
@@ -280,7 +284,7 @@ class Sessions:
         self, reply: LiveReply, ask: Ask, request: GenerationRequest, admission: Admission
     ) -> Completed | None:
         completed: Completed | None = None
-        async with aclosing(self._gateway.reply(ask, request, admission)) as steps:
+        async with aclosing(self._gateway.reply(ask, request, admission, reply.new.trace)) as steps:
             async for step in steps:
                 match step:
                     case Routed(candidate):
@@ -322,17 +326,19 @@ class Sessions:
 
     async def _finish(self, reply: LiveReply, completed: Completed | None, failure: RotundaError | None) -> None:
         """Record the end, then tell it; a store that does not answer is asked again before the client hears of it."""
-        try:
-            row = await self._record(reply, completed, failure)
-        except RotundaError as error:
-            logger.error("session %s could not be recorded: %s", reply.session.id, error)
-            failure, row = error, None
-        reply.failure = failure
-        if row is not None and row.message_id is not None:
-            reply.message = await self._saved(row.message_id)
+        with reply.new.trace.phase("store.write"):
+            try:
+                row = await self._record(reply, completed, failure)
+            except RotundaError as error:
+                logger.error("session %s could not be recorded: %s", reply.session.id, error)
+                failure, row = error, None
+            reply.failure = failure
+            if row is not None and row.message_id is not None:
+                reply.message = await self._saved(row.message_id)
         if failure is None:
             self._open(reply, None)
         reply.stream.append(self._terminal(reply, completed, failure, row))
+        reply.new.trace.finish(failure, reply.stop_reason)
         reply.leave_alone()
         reply.done.set()
         self._live.pop(reply.session.id, None)

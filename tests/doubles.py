@@ -41,6 +41,8 @@ from serve_app.store import migrate
 from serve_app.store.images import ImageFiles
 from serve_app.store.passwords import Passwords
 from serve_app.store.store import Store
+from serve_app.telemetry.recording import generation
+from serve_app.telemetry.tracing import Tracing
 
 CHAT = frozenset({Capability.CHAT, Capability.COMPLETION})
 MODELS = (
@@ -143,6 +145,8 @@ class LocalBackend:
         self.engines = engines
         self.requests: list[GenerationRequest] = []
         self.loading: dict[str, asyncio.Event] = {}
+        self.tracing = Tracing.off()
+        """Of the replicas: nothing that the ingress records is known to it."""
         self._router = router
 
     async def stream(self, entry: Entry, request: GenerationRequest, epoch: int) -> AsyncGenerator[Item, None]:
@@ -150,11 +154,12 @@ class LocalBackend:
         if entry.id in self.loading:
             await self.loading[entry.id].wait()
         self._router.put(entry.id, ModelState.READY)
-        items = self.engines[entry.id].generate(request)
-        assert isinstance(items, AsyncGenerator)
-        async with aclosing(items):
-            async for item in items:
-                yield item
+        with generation(self.tracing, request, entry.id) as request:
+            items = self.engines[entry.id].generate(request)
+            assert isinstance(items, AsyncGenerator)
+            async with aclosing(items):
+                async for item in items:
+                    yield item
 
     async def embed(self, entry: Entry, texts: Sequence[str], epoch: int) -> Embeddings:
         """Vectors that tell the lengths of their texts."""
@@ -205,6 +210,7 @@ async def build_services(
     models: Iterable[ModelInfo] = MODELS,
     aliases: dict[str, str] | None = None,
     extra: dict[str, Any] | None = None,
+    tracing: Tracing | None = None,
     **settings: Any,
 ) -> LocalPlatform:
     """A platform whose data lie below ``tmp_path``; close it.
@@ -214,6 +220,7 @@ async def build_services(
         models: what there is; a scripted engine each.
         aliases: other names of models.
         extra: options of the scripted engines.
+        tracing: of the ingress.
         settings: fields of :class:`Settings`.
     """
     infos = tuple(models)
@@ -238,7 +245,8 @@ async def build_services(
     async def problems() -> list[str]:
         return list((await router.view()).notes)
 
-    services = Services(values, store, gateway, sessions, files, access, problems)
+    traced = tracing or Tracing.off()
+    services = Services(values, store, gateway, sessions, files, access, problems, traced)
     ticking = asyncio.get_running_loop().create_task(sessions.tick())
     return LocalPlatform(services, router, backend, create_app(services), ticking)
 

@@ -9,7 +9,7 @@ from starlette.middleware.cors import CORSMiddleware
 from serve_app.api.body import BodyLimit, most_bytes
 from serve_app.api.context import TOKEN_HEADER
 from serve_app.api.embeddings import embeddings_router
-from serve_app.api.errors import Boundary, Traced, install
+from serve_app.api.errors import Boundary, install
 from serve_app.api.gate import Gate
 from serve_app.api.graphql import graphql_router
 from serve_app.api.health import health_router
@@ -19,6 +19,8 @@ from serve_app.api.openai import openai_router
 from serve_app.api.rotation import rotation_router
 from serve_app.api.services import Services
 from serve_app.api.stream import stream_router
+from serve_app.api.traced import Traced
+from serve_app.api.traces import traces_router
 from serve_app.config import Settings
 
 
@@ -41,6 +43,7 @@ def create_app(services: Services) -> FastAPI:
         openai_router(services),
         embeddings_router(services),
         graphql_router(services),
+        traces_router(services),
     ):
         app.include_router(router)
     return app
@@ -50,7 +53,7 @@ def _middleware(services: Services) -> list[Middleware]:
     """Outermost first. CORS stands outside the boundary, so that pages of allowed sites can read errors too."""
     settings = services.settings
     return [
-        Middleware(Traced, trust=settings.trust_traceparent),
+        Middleware(Traced, tracing=services.tracing, trust=settings.trust_traceparent),
         *_cors(settings),
         Middleware(Boundary),
         Middleware(Gate, settings=settings, access=services.access),
@@ -67,6 +70,6 @@ def _cors(settings: Settings) -> list[Middleware]:
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "OPTIONS"],
             allow_headers=["Authorization", "Content-Type", "Last-Event-ID", TOKEN_HEADER],
-            expose_headers=["x-trace-id", "retry-after"],
+            expose_headers=["x-trace-id", "server-timing", "retry-after"],
         )
     ]

@@ -9,18 +9,18 @@ from __future__ import annotations
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
-from serve_app.telemetry.propagation import TraceContext, new_trace
+from serve_app.telemetry.tracing import Trail
 
 TRACE = "rotunda.trace"
 CALLER = "rotunda.caller"
 TOKEN_HEADER = "x-conversation-token"
 
 
-def trace_of(scope: Scope) -> TraceContext:
+def trace_of(scope: Scope) -> Trail:
     """The trace of a request; a new one when it came past the middleware."""
     trace = scope.get(TRACE)
-    if not isinstance(trace, TraceContext):
-        trace = scope[TRACE] = new_trace()
+    if not isinstance(trace, Trail):
+        trace = scope[TRACE] = Trail.quiet()
     return trace
 
 

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.api.context import TRACE, route_path, trace_of
+from serve_app.api.context import route_path, trace_of
 from serve_app.api.validation import in_words
 from serve_app.domain.errors import (
     Forbidden,
@@ -32,7 +32,6 @@ from serve_app.domain.errors import (
     Unauthenticated,
     UnsupportedMedia,
 )
-from serve_app.telemetry.propagation import incoming
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +86,7 @@ def error_response(
 ) -> Response:
     """The answer to a request that failed, in the envelope of the protocol that its path belongs to."""
     added = dict(headers or {})
+    trace_of(scope).refuse(error)
     if error.retry_after_s is not None:
         added["retry-after"] = str(error.retry_after_s)
     if isinstance(error, Unauthenticated):
@@ -132,29 +132,6 @@ def _http_exception(scope: Scope, error: HTTPException) -> Response:
     else:
         failure = kind(str(error.detail))
     return error_response(scope, failure, error.status_code, error.headers)
-
-
-class Traced:
-    """ASGI middleware, outermost: gives each request its place in a trace, and each response ``x-trace-id``."""
-
-    def __init__(self, app: ASGIApp, trust: bool = False) -> None:
-        self._app = app
-        self._trust = trust
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket"):
-            await self._app(scope, receive, send)
-            return
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        trace = scope[TRACE] = incoming(headers, self._trust)
-
-        async def send_traced(message: Message) -> None:
-            if message["type"] in ("http.response.start", "websocket.http.response.start", "websocket.accept"):
-                header = (b"x-trace-id", trace.trace_id.encode())
-                message = {**message, "headers": [*message.get("headers", ()), header]}
-            await send(message)
-
-        await self._app(scope, receive, send_traced)
 
 
 class Boundary:

@@ -60,14 +60,13 @@ class Completions:
         return await self._answer(request, order, TextShape())
 
     async def _answer(self, request: Request, order: Order, shape: Shape) -> Response:
-        gateway = self._services.gateway
-        choices = together([gateway.reply(order.ask(wanted), wanted) for wanted in order.requests])
+        gateway, trail = self._services.gateway, trace_of(request.scope)
+        choices = together([gateway.reply(order.ask(wanted), wanted, trail=trail) for wanted in order.requests])
         with named_as_here():
             if not order.stream:
                 return JSONResponse(await _unless_disconnected(request, _whole(order, shape, choices)))
             opening = await _opening(choices)
-        trace_id = trace_of(request.scope).trace_id
-        return EventStream(_chunks(order, shape, opening, choices, trace_id), self._heartbeat_s)
+        return EventStream(_chunks(order, shape, opening, choices, trail.trace_id), self._heartbeat_s)
 
 
 async def _unless_disconnected(request: Request, answer: Any) -> Any:

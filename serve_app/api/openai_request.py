@@ -24,7 +24,7 @@ from serve_app.domain.catalog import Capability
 from serve_app.domain.errors import InvalidInput
 from serve_app.domain.generation import GenerationRequest, JsonFormat, Options, Priority
 from serve_app.domain.routing import Ask
-from serve_app.telemetry.propagation import TraceContext
+from serve_app.telemetry.tracing import Trail
 
 MAX_CHOICES = 8
 SEEDS = 2**63
@@ -153,7 +153,7 @@ _WITHOUT_EFFECT: Mapping[str, Callable[[Any], bool]] = {
 }
 
 
-async def read_chat(value: Any, intake: ImageIntake, caller: str, trace: TraceContext) -> Order:
+async def read_chat(value: Any, intake: ImageIntake, caller: str, trace: Trail) -> Order:
     """The request in the JSON body of a chat completion.
 
     Raises:

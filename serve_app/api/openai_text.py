@@ -13,7 +13,7 @@ from serve_app.api.openai_request import Order, SamplingBody, named_as_here, ord
 from serve_app.api.validation import read
 from serve_app.domain.catalog import Capability
 from serve_app.domain.generation import Delta, Finish, GenerationRequest, Message, Options, Priority, TokenLogprob
-from serve_app.telemetry.propagation import TraceContext
+from serve_app.telemetry.tracing import Trail
 
 MAX_PROMPTS = 32
 MAX_TOKENS = 16
@@ -37,7 +37,7 @@ _WITHOUT_EFFECT: Mapping[str, Callable[[Any], bool]] = {
 }
 
 
-def read_completion(value: Any, caller: str, trace: TraceContext) -> Order:
+def read_completion(value: Any, caller: str, trace: Trail) -> Order:
     """The request in the JSON body of a text completion.
 
     Raises:
@@ -54,9 +54,7 @@ def read_completion(value: Any, caller: str, trace: TraceContext) -> Order:
     return order_of(body, requests, {Capability.COMPLETION})
 
 
-def _request(
-    body: CompletionBody, prompt: str, options: Options, caller: str, trace: TraceContext
-) -> GenerationRequest:
+def _request(body: CompletionBody, prompt: str, options: Options, caller: str, trace: Trail) -> GenerationRequest:
     return GenerationRequest(
         request_id=secrets.token_hex(16),
         model=body.model,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from serve_app.api.access import Access
@@ -14,11 +14,13 @@ from serve_app.sessions import Sessions
 from serve_app.store.images import ImageFiles
 from serve_app.store.passwords import Passwords
 from serve_app.store.store import Store
+from serve_app.telemetry.spans import Kept
+from serve_app.telemetry.tracing import Tracing
 
 
 @dataclass(frozen=True)
 class Services:
-    """``problems`` answers why the server is not ready, in plain words; empty when it is."""
+    """``problems`` answers why the server is not ready, in plain words; empty when it is. ``kept``: recorded traces."""
 
     settings: Settings
     store: Store
@@ -27,6 +29,8 @@ class Services:
     files: ImageFiles
     access: Access
     problems: Callable[[], Awaitable[list[str]]]
+    tracing: Tracing = field(default_factory=Tracing.off)
+    kept: Kept | None = None
 
     @property
     def passwords(self) -> Passwords:

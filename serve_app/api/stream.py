@@ -39,14 +39,16 @@ class Streams:
 
     async def begin(self, request: Request) -> Response:
         """``POST /api/stream-message``: what can be refused is refused before the stream opens."""
-        body, images = await stream_message(request)
-        longest = self._services.settings.max_message_chars
-        if len(body.message) > longest:
-            raise InvalidInput(f"The message has {len(body.message):,} characters; {longest:,} is the most.")
-        options = body.options.to_options()
-        existing = await self._existing(body, request)
-        received = await self._services.intake.receive(images)
-        conversation = existing or await self._create(body)
+        trace = trace_of(request.scope)
+        with trace.phase("request.read"):
+            body, images = await stream_message(request)
+            longest = self._services.settings.max_message_chars
+            if len(body.message) > longest:
+                raise InvalidInput(f"The message has {len(body.message):,} characters; {longest:,} is the most.")
+            options = body.options.to_options()
+            existing = await self._existing(body, request)
+            received = await self._services.intake.receive(images)
+            conversation = existing or await self._create(body)
         try:
             reply = await self._services.sessions.start(
                 NewReply(
@@ -62,7 +64,7 @@ class Streams:
                     context_policy=body.context_policy,
                     on_disconnect=body.on_disconnect,
                     caller=caller_of(request) or ANONYMOUS,
-                    trace=trace_of(request.scope),
+                    trace=trace,
                 )
             )
             await reply.opened()

@@ -38,7 +38,7 @@ def setting(
 
 
 MODELS, PROVIDERS, STORE, ROTATION = "Models", "Providers", "Store", "Rotation"
-STREAMS, IMAGES, ACCESS, CLUSTER = "Streams", "Images", "Access", "Cluster"
+STREAMS, IMAGES, ACCESS, TRACES, CLUSTER = "Streams", "Images", "Access", "Traces", "Cluster"
 _URL = "an http:// or https:// address"
 _DATABASE = "sqlite+aiosqlite:///<file> or postgresql+asyncpg://<user>:<password>@<host>/<database>"
 
@@ -290,7 +290,25 @@ class Settings(BaseModel):
         allowed="a comma-separated list of origins such as https://app.example.com",
     )
     trust_traceparent: bool = setting(
-        ACCESS, False, "Whether a caller's trace context is continued (else it is linked).", wrong="2"
+        TRACES, False, "Whether a caller's trace context is continued (else it is linked).", wrong="2"
+    )
+    trace_retention_hours: float = setting(
+        TRACES,
+        72,
+        "Traces are deleted when they are so old. Only where no OTEL_EXPORTER_OTLP_ENDPOINT takes them.",
+        unit="hours",
+        wrong="0",
+        low=0.01,
+        high=8_760,
+    )
+    trace_max_spans: int = setting(
+        TRACES,
+        200_000,
+        "Most spans that are kept (about 1 kB each); beyond them the oldest traces are deleted.",
+        unit="spans",
+        wrong="all",
+        low=1_000,
+        high=100_000_000,
     )
     rotunda_home: Path = setting(
         CLUSTER,

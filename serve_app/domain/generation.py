@@ -176,6 +176,15 @@ def _check_range(name: str, value: float | None, low: float, high: float, open_l
 ContextPolicy = Literal["truncate", "error"]
 
 
+@dataclass(eq=False, slots=True)
+class Marks:
+    """What an engine notes while it works on a request, in monotonic seconds of its process: when it began to read the
+    prompt, and when it had the first token. So the time of a reply that never ends is accounted for too."""
+
+    started: float | None = None
+    first: float | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One reply to generate.
@@ -186,6 +195,7 @@ class GenerationRequest:
     ``raw``: the text of the only message is the prompt as the model reads it, control tokens included, without a chat
     template. ``tools``: what the model may call. ``continuation``: what the reply has come to already. ``draw_seed``:
     seeds the sampling where the options give no seed, so that another replica can go on with the same draws.
+    ``marks``: filled in by the engine.
     """
 
     request_id: str
@@ -201,6 +211,7 @@ class GenerationRequest:
     raw: bool = False
     continuation: Continuation | None = None
     draw_seed: int | None = None
+    marks: Marks = field(default_factory=Marks, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.messages:
@@ -308,11 +319,14 @@ class Accepted:
 
     ``revision`` is the model's, where its token ids can be continued (:class:`Continuation`). A reply that is continued
     has the same ``prompt_tokens`` when it is continued by ids; by text they include the text so far.
+
+    ``load`` is the carrier of the trace in which the model came into memory.
     """
 
     prompt_tokens: int
     dropped: int = 0
     revision: str | None = None
+    load: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -223,12 +223,14 @@ class ScriptedEngine:
             stream.replay(before.token_ids)
         limit = first + max(0, fitted.max_tokens - spent)
         begun, done = self._clock.time(), first
+        run.request.marks.started = begun
         while done < min(total, limit) and not stream.complete:
             await self._due(script, done, begun + script.ttft + (done - first) * script.pace)
             if run.request.options.logprobs is not None:
                 stream.picked.append(_pick(done, run.request.options.logprobs))
             delta = stream.push(done)
             done += 1
+            run.request.marks.first = run.request.marks.first or self._clock.time()
             self._ledger.count(completion_tokens=1)
             if delta is not None:
                 yield delta

@@ -222,7 +222,7 @@ class Worker:
                 return False
             self._reading.append(self._line.pop())
             self._ledger.start()
-        job.started = time.monotonic()
+        job.started = job.request.marks.started = time.monotonic()
         return True
 
     def _start(self, jobs: Sequence[Job]) -> None:
@@ -230,7 +230,7 @@ class Worker:
             if isinstance(token, Exception):
                 self._fail(job, token)
             elif token is not None:
-                job.first = time.monotonic()
+                job.first = job.request.marks.first = time.monotonic()
                 self._ledger.count(len(job.prompt.ids), completion_tokens=1, tokens_after_cancel=int(job.cancelled))
                 self._reading.remove(job)
                 self._running.append(job)

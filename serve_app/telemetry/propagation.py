@@ -21,13 +21,21 @@ class TraceContext:
     span_id: str
     sampled: bool = True
 
+    @classmethod
+    def of_session(cls, trace_id: str, session_id: str) -> TraceContext:
+        """Where a stream session's reply stands in its trace, for whoever knows no more than the session's record.
+
+        The span ``chat {model}`` takes its id from the random id of its request, which is the session's.
+        """
+        return cls(trace_id, session_id[:16])
+
     def carrier(self) -> dict[str, str]:
         """The ``traceparent`` header for the next hop."""
         return {"traceparent": f"00-{self.trace_id}-{self.span_id}-{'01' if self.sampled else '00'}"}
 
 
-def new_trace() -> TraceContext:
-    return TraceContext(f"{_IDS.generate_trace_id():032x}", f"{_IDS.generate_span_id():016x}")
+def new_trace(sampled: bool = True) -> TraceContext:
+    return TraceContext(f"{_IDS.generate_trace_id():032x}", f"{_IDS.generate_span_id():016x}", sampled)
 
 
 def from_carrier(carrier: Mapping[str, str]) -> TraceContext | None:
@@ -36,9 +44,3 @@ def from_carrier(carrier: Mapping[str, str]) -> TraceContext | None:
     if not span.is_valid:
         return None
     return TraceContext(f"{span.trace_id:032x}", f"{span.span_id:016x}", span.trace_flags.sampled)
-
-
-def incoming(headers: Mapping[str, str], trust: bool) -> TraceContext:
-    """The context of a request from outside: the caller's trace when ``trust`` is set, else a new one."""
-    given = from_carrier({"traceparent": headers.get("traceparent", "")}) if trust else None
-    return given or new_trace()

@@ -8,9 +8,11 @@ import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from serve_app.api.errors import Boundary, Traced
+from serve_app.api.errors import Boundary
+from serve_app.api.traced import Traced
 from serve_app.domain.errors import RateLimited
 from serve_app.domain.fleet import FleetView
+from serve_app.telemetry.tracing import Tracing
 from tests.contract.conftest import MakePlatform
 from tests.doubles import LocalPlatform
 
@@ -98,5 +100,5 @@ async def test_a_fault_after_the_first_byte_breaks_the_answer_off() -> None:
 
     scope: Scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "query_string": b""}
     with pytest.raises(ValueError, match="too late"):
-        await Traced(Boundary(app))(scope, receive, send)  # type: ignore[arg-type]
+        await Traced(Boundary(app), Tracing.off())(scope, receive, send)  # type: ignore[arg-type]
     assert sent == ["http.response.start"]

@@ -17,7 +17,6 @@ from serve_app.api.graphql.paging import MessagePage
 from serve_app.api.services import Services
 from serve_app.domain.conversation import Conversation, SessionStatus, StoredImage, StoredMessage, StreamSession
 from serve_app.replies import LiveReply
-from serve_app.telemetry.propagation import new_trace
 
 
 class Page(NamedTuple):
@@ -56,7 +55,7 @@ class Context(BaseContext):
         """The context of one operation: on a WebSocket each has a trace of its own."""
         context = copy.copy(self)
         if self.is_websocket:
-            context.trace = new_trace()
+            context.trace = self.services.tracing.serve("WS /graphql", None, trust=False)
         context._messages = DataLoader(context._load_messages, cache=False)
         return context
 

@@ -30,9 +30,14 @@ class Outcome(MaskErrors):
         super().__init__()
 
     def on_operation(self) -> Iterator[None]:
-        if isinstance(self.execution_context.context, Context):
-            self.execution_context.context = self.execution_context.context.for_operation()
-        yield from super().on_operation()
+        context = self.execution_context.context
+        if isinstance(context, Context):
+            context = self.execution_context.context = context.for_operation()
+        try:
+            yield from super().on_operation()
+        finally:
+            if isinstance(context, Context) and context.is_websocket:
+                context.trace.end()
 
     def anonymise_error(self, error: GraphQLError) -> GraphQLError:
         return translated(error, trace_id_of(self.execution_context))

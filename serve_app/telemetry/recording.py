@@ -1,0 +1,278 @@
+"""What becomes of a reply's few timestamps: its :class:`Timing`, the spans of its way and the figures on them.
+
+:class:`Record` is the ingress's side, :func:`generation` the replica's. Neither does anything per token.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from types import TracebackType
+
+from serve_app.domain.errors import RotundaError
+from serve_app.domain.events import Loading, Queued
+from serve_app.domain.generation import Accepted, Delta, Finish, GenerationRequest, Marks, Timing
+from serve_app.domain.routing import Candidate
+from serve_app.telemetry import semconv
+from serve_app.telemetry.propagation import TraceContext, from_carrier
+from serve_app.telemetry.tracing import CLIENT, Attributes, Tracing, Trail
+
+
+class Record:
+    """The clock and the trail of one reply. As a context manager it ends the span ``chat {model}``, however that ends.
+
+    Args:
+        trail: of the request that wants the reply.
+        request: what the model is asked.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, trail: Trail, request: GenerationRequest, clock: Callable[[], float]) -> None:
+        self.trail = trail
+        self.started = clock()
+        self.first: float | None = None
+        self.carrier: Mapping[str, str] = trail.carrier()
+        """Of the present attempt."""
+        self._clock = clock
+        self._request = request
+        self._admitted: float | None = None
+        self._called, self._called_ns = self.started, time.time_ns()
+        self._load_s = 0.0
+        self._waited = self._loading = False
+        self._wait: Trail | None = None
+        self._chat: Trail | None = None
+        self._attempt = trail
+        self._attempts = 0
+        self._last: TraceContext | None = None
+        self._candidate: Candidate | None = None
+        self._finish: Finish | None = None
+        self._deltas: list[Delta] = []
+
+    def __enter__(self) -> Record:
+        return self
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Until the router grants the request."""
+        try:
+            with self.trail.phase("rotation.wait") as self._wait:
+                yield
+        finally:
+            self._admitted = self._clock()
+
+    def heard(self, news: Queued | Loading) -> None:
+        """What the request waits for."""
+        self._waited = True
+        if self._wait is None:
+            return
+        if isinstance(news, Queued):
+            self._wait.note({semconv.POSITION: news.position, semconv.REASON: news.reason})
+        else:
+            self._wait.note({semconv.EVICTING: list(news.evicting) or None})
+
+    def chosen(self, candidates: tuple[Candidate, ...]) -> None:
+        """The models that will be tried, in this order: the reply begins."""
+        operation = semconv.TEXT_COMPLETION if self._request.raw else semconv.CHAT
+        self._chat = self.trail.child(
+            f"{operation} {candidates[0].name}",
+            CLIENT,
+            attributes={semconv.OPERATION: operation, **_asked(self._request, candidates), **self.trail.about},
+            span_id=_span_id(self._request.request_id),
+        )
+        if self._chat.captures:
+            self._chat.note(
+                {
+                    semconv.INPUT_MESSAGES: _messages(
+                        *((message.role.value, message.text) for message in self._request.messages)
+                    )
+                }
+            )
+
+    @contextmanager
+    def attempt(self, candidate: Candidate) -> Iterator[None]:
+        """One call to one model; it is linked to the one that it repeats."""
+        self._attempts += 1
+        self._candidate = candidate
+        self._called, self._called_ns = self._clock(), time.time_ns()
+        self._loading = not candidate.resident
+        self._attempt = trail = (self._chat or self.trail).child(
+            f"attempt {self._attempts}",
+            CLIENT,
+            {} if self._last is None else {"retried": self._last},
+            {semconv.ATTEMPT: self._attempts, semconv.MODEL: candidate.name, semconv.REASON: candidate.reason},
+        )
+        self.carrier, self._last = trail.carrier(), trail.context
+        try:
+            yield
+        except BaseException as error:
+            self._loaded()
+            trail.end(error)
+            raise
+        else:
+            trail.end()
+
+    def _loaded(self) -> None:
+        """The wait of the present attempt for its model to come into memory is over, if it was one."""
+        if self._loading:
+            self._attempt.past("load.wait", self._called_ns, time.time_ns())
+        self._loading = False
+
+    @contextmanager
+    def backing_off(self) -> Iterator[None]:
+        """Between two attempts."""
+        with (self._chat or self.trail).phase("retry.wait"):
+            yield
+
+    def accepted(self, item: Accepted) -> None:
+        """The model has taken the prompt; one that was not in memory before is now."""
+        self._waited = self._waited or self._loading
+        self._load_s = self._clock() - self._called if self._loading else 0.0
+        self._loaded()
+        load = from_carrier(item.load) if self._waited else None
+        if load is not None:
+            self.trail.link("load", load)
+
+    def said(self, delta: Delta) -> None:
+        self.first = self.first or self._clock()
+        if self._chat is not None and self._chat.captures:
+            self._deltas.append(delta)
+
+    def finished(self, finish: Finish) -> Timing:
+        """The reply is whole."""
+        self._finish = finish
+        return self.timing()
+
+    def timing(self) -> Timing:
+        """Where the time went, up to now."""
+        now = self._clock()
+        engine_queue = self._finish.timing.queue_s if self._finish else 0.0
+        waited = (self._admitted or now) - self.started
+        return Timing(
+            queued_s=waited + engine_queue,
+            load_s=self._load_s,
+            ttft_s=None if self.first is None else self.first - self.started,
+            decode_s=0.0 if self.first is None else now - self.first,
+            total_s=now - self.started,
+        )
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._chat is None:
+            return
+        self._chat.note(_told(self.timing(), self._candidate, self._finish))
+        if self._deltas:
+            self._chat.note({semconv.OUTPUT_MESSAGES: _messages(("assistant", Delta.joined(self._deltas).text))})
+        # Whoever closes the iterator after the last step cancels nothing.
+        self._chat.end(None if self._finish is not None else error)
+
+
+@contextmanager
+def generation(
+    tracing: Tracing, request: GenerationRequest, model: str, remote: bool = False
+) -> Iterator[GenerationRequest]:
+    """The span ``generate {model}`` of a request in the replica that serves it, with the engine's phases below it.
+
+    Args:
+        remote: whether the model runs elsewhere: then only the wait for the first text and what follows can be told.
+
+    Yields:
+        The request as the engine gets it: with marks to fill in, and the carrier for whatever it calls.
+    """
+    trail = tracing.continued(f"generate {model}", request.trace)
+    began, offset_ns = time.monotonic(), time.time_ns() - time.monotonic_ns()
+    marks = Marks()
+    failure: BaseException | None = None
+    try:
+        yield replace(request, trace=trail.carrier(), marks=marks)
+    except BaseException as error:
+        failure = error
+        raise
+    finally:
+        for name, start, end in _phases(marks, began, time.monotonic(), remote):
+            trail.past(name, int(start * 1e9) + offset_ns, int(end * 1e9) + offset_ns)
+        trail.end(failure)
+
+
+class Load:
+    """The trace of a model that comes into memory: a span for the whole, and one for each of its parts."""
+
+    def __init__(self, tracing: Tracing, model: str) -> None:
+        self._trail = tracing.alone(f"model.load {model}", {semconv.MODEL: model})
+        self._parts: dict[str, Trail] = {}
+        self.carrier = self._trail.carrier()
+        """For the requests that waited for it."""
+
+    def progress(self, part: str, fraction: float) -> None:
+        """A part ("import", "weights", "warmup") has come so far, from 0 to 1. From any thread."""
+        if part not in self._parts:
+            self._parts[part] = self._trail.child(f"model.{part}")
+        if fraction >= 1:
+            self._parts[part].end()
+
+    def end(self, failure: RotundaError | None) -> None:
+        for part in self._parts.values():
+            part.end(failure)
+        self._trail.end(failure)
+
+
+def _phases(marks: Marks, began: float, ended: float, remote: bool) -> Iterator[tuple[str, float, float]]:
+    """Name, begin and end of every phase that the request reached."""
+    if remote:
+        yield "upstream.wait", began, marks.first or ended
+    else:
+        yield "engine.queue", began, marks.started or ended
+        if marks.started is not None:
+            yield "prefill", marks.started, marks.first or ended
+    if marks.first is not None:
+        yield ("upstream.stream" if remote else "decode"), marks.first, ended
+
+
+def _asked(request: GenerationRequest, candidates: tuple[Candidate, ...]) -> Attributes:
+    options = request.options
+    return {
+        semconv.PROVIDER: candidates[0].entry.provider,
+        semconv.REQUEST_MODEL: request.model or candidates[0].name,
+        semconv.RESPONSE_ID: request.request_id,
+        semconv.OUTPUT_TYPE: "json" if options.response_format else "text",
+        semconv.REQUEST_TEMPERATURE: options.temperature,
+        semconv.REQUEST_TOP_P: options.top_p,
+        semconv.REQUEST_TOP_K: options.top_k,
+        semconv.REQUEST_MAX_TOKENS: options.max_tokens,
+        semconv.REQUEST_SEED: options.seed,
+        semconv.REQUEST_FREQUENCY_PENALTY: options.frequency_penalty,
+        semconv.REQUEST_PRESENCE_PENALTY: options.presence_penalty,
+        semconv.CANDIDATES: [candidate.name for candidate in candidates],
+    }
+
+
+def _told(timing: Timing, candidate: Candidate | None, finish: Finish | None) -> Attributes:
+    """What is known at the end; usage stands on this span and on no other."""
+    usage = finish.usage if finish else None
+    return {
+        semconv.PROVIDER: candidate.entry.provider if candidate else None,
+        semconv.RESPONSE_MODEL: candidate.name if candidate else None,
+        semconv.FINISH_REASONS: [finish.reason.value] if finish else None,
+        semconv.INPUT_TOKENS: usage.prompt_tokens if usage else None,
+        semconv.OUTPUT_TOKENS: usage.completion_tokens if usage else None,
+        semconv.CACHED_TOKENS: usage.cached_tokens if usage else None,
+        semconv.TIME_TO_FIRST_CHUNK: timing.ttft_s,
+        semconv.QUEUED_MS: round(timing.queued_s * 1000, 1),
+        semconv.LOAD_MS: round(timing.load_s * 1000, 1),
+        semconv.DECODE_MS: round(timing.decode_s * 1000, 1),
+    }
+
+
+def _span_id(request_id: str) -> int | None:
+    """See :meth:`TraceContext.of_session`."""
+    try:
+        return int(request_id[:16], 16) if len(request_id) >= 32 else None
+    except ValueError:
+        return None
+
+
+def _messages(*said: tuple[str, str]) -> str:
+    """Roles and texts in the convention's form (its JSON schemas of input and output messages)."""
+    told = [{"role": role, "parts": [{"type": "text", "content": text}]} for role, text in said]
+    return json.dumps(told, ensure_ascii=False)

@@ -1,0 +1,398 @@
+"""Spans: where they come from, and how they hang together across processes.
+
+One :class:`Tracing` per process makes them; a :class:`Trail` is one open span. A trail is passed on as a value and
+never becomes OpenTelemetry's current span: a context that is held across ``yield`` ends up in the wrong task. Between
+processes it travels as a W3C carrier in the request.
+
+The ingress decides once whether a trace is recorded (``OTEL_TRACES_SAMPLER``); everybody else obeys the flag in the
+carrier. Spans leave through OTLP when ``OTEL_EXPORTER_OTLP_ENDPOINT`` (or the one for traces) is set; otherwise they
+wait in :class:`Outgoing` for the process's next report to the router, which keeps them
+(:mod:`serve_app.telemetry.spans`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider, sampling
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+from opentelemetry.trace import Link, NonRecordingSpan, SpanContext, SpanKind, Status, StatusCode, TraceFlags
+from opentelemetry.util.types import AttributeValue
+
+from serve_app.domain.conversation import TerminationReason
+from serve_app.domain.errors import InvalidInput, ProviderError, RotundaError
+from serve_app.telemetry import semconv
+from serve_app.telemetry.propagation import TraceContext, from_carrier, new_trace
+
+logger = logging.getLogger(__name__)
+
+SERVER, CLIENT, INTERNAL = SpanKind.SERVER, SpanKind.CLIENT, SpanKind.INTERNAL
+MOST_WAITING = 8192
+"""Ended spans that wait for the next report; more are dropped and counted."""
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+
+Attributes = Mapping[str, AttributeValue | None]
+
+
+class OneDecision(sampling.Sampler):
+    """Asks the configured sampler for traces that begin here; whatever hangs below a span of ours follows it.
+
+    A parent from outside the platform is marked as remote, and is no span of ours.
+    """
+
+    def __init__(self, configured: sampling.Sampler) -> None:
+        self._configured = configured
+
+    def should_sample(
+        self,
+        parent_context: Context | None,
+        trace_id: int,
+        name: str,
+        kind: SpanKind | None = None,
+        attributes: Any = None,
+        links: Sequence[Link] | None = None,
+        trace_state: Any = None,
+    ) -> sampling.SamplingResult:
+        parent = trace.get_current_span(parent_context).get_span_context()
+        if parent.is_valid and not parent.is_remote:
+            decision = sampling.Decision.RECORD_AND_SAMPLE if parent.trace_flags.sampled else sampling.Decision.DROP
+            return sampling.SamplingResult(decision, attributes)
+        return self._configured.should_sample(parent_context, trace_id, name, kind, attributes, links, trace_state)
+
+    def get_description(self) -> str:
+        return f"OneDecision({self._configured.get_description()})"
+
+
+class Ids(RandomIdGenerator):
+    """Random ids, but for a span whose id must be known elsewhere (see :meth:`TraceContext.of_session`)."""
+
+    given: int | None = None
+
+    def generate_span_id(self) -> int:
+        given, self.given = self.given, None
+        return given or super().generate_span_id()
+
+
+class Outgoing(SpanProcessor):
+    """Counts the spans of the process and, where nothing exports them, holds the ended ones for its next report."""
+
+    def __init__(self, keep: bool) -> None:
+        self._keep = keep
+        self._ended: deque[ReadableSpan] = deque()
+        self.started = self.ended = self.dropped = 0
+
+    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
+        self.started += 1
+
+    def on_end(self, span: ReadableSpan) -> None:
+        self.ended += 1
+        if not self._keep:
+            return
+        if len(self._ended) < MOST_WAITING:
+            self._ended.append(span)
+        else:
+            self.dropped += 1
+
+    @property
+    def unsent(self) -> int:
+        """Spans that would be lost if the process were killed now."""
+        return self.started - self.ended + len(self._ended)
+
+    def drain(self) -> list[ReadableSpan]:
+        """The spans that ended since the last call."""
+        ended, self._ended = self._ended, deque()
+        return list(ended)
+
+
+class Tracing:
+    """What makes the spans of a process; made by :meth:`set_up`. Pickles into nothing: each process sets up its own."""
+
+    def __init__(self, provider: TracerProvider | None, outgoing: Outgoing, ids: Ids, capture: bool = False) -> None:
+        self._provider = provider
+        self._tracer = provider.get_tracer("rotunda") if provider else None
+        self._ids = ids
+        self.outgoing = outgoing
+        self.capture = capture
+        """Whether spans may hold prompts and replies."""
+
+    def __repr__(self) -> str:
+        return f"Tracing(on={self._provider is not None}, unsent={self.outgoing.unsent})"
+
+    @classmethod
+    def off(cls) -> Tracing:
+        """Records nothing; traces still have ids."""
+        return cls(None, Outgoing(keep=False), Ids())
+
+    @classmethod
+    def set_up(cls, role: str, instance: str, environ: Mapping[str, str] = os.environ) -> Tracing:
+        """As the standard ``OTEL_*`` variables say.
+
+        Args:
+            role: ingress, router, model or upstream.
+            instance: this process, unique in the cluster.
+            environ: read for what is decided here; the SDK reads the rest from the process's own environment.
+        """
+        exporter = environ.get("OTEL_TRACES_EXPORTER", "").strip().lower()
+        if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true" or exporter == "none":
+            return cls.off()
+        exports = exports_elsewhere(environ)
+        ids, outgoing = Ids(), Outgoing(keep=not exports)
+        provider = TracerProvider(
+            sampler=OneDecision(sampling._get_from_env_or_default()),
+            resource=_resource(role, instance, environ),
+            shutdown_on_exit=False,  # the process's owner flushes, before its event loop is gone
+            id_generator=ids,
+        )
+        provider.add_span_processor(outgoing)
+        if exports:
+            provider.add_span_processor(_otlp())
+        capture = environ.get(semconv.CAPTURE_CONTENT, "").strip().lower() in semconv.CAPTURE_IN_SPANS
+        return cls(provider, outgoing, ids, capture)
+
+    def serve(self, name: str, given: TraceContext | None, trust: bool, attributes: Attributes | None = None) -> Trail:
+        """The root of a request from outside. A trusted caller's trace goes on; another one's is linked."""
+        if given is not None and trust:
+            return self._begin(name, SERVER, _context(given, remote=True), (), attributes)
+        links = () if given is None else (_link(given, "caller"),)
+        return self._begin(name, SERVER, Context(), links, attributes)
+
+    def alone(self, name: str, attributes: Attributes | None = None) -> Trail:
+        """A trace of its own, for work that belongs to no single request."""
+        return self._begin(name, INTERNAL, Context(), (), attributes)
+
+    def continued(self, name: str, carrier: Mapping[str, str], attributes: Attributes | None = None) -> Trail:
+        """The span of a request that another process of the platform sent here."""
+        given = from_carrier(carrier)
+        if given is None or not given.sampled:
+            return Trail(given or new_trace(sampled=False), self)
+        return self._begin(name, SERVER, _context(given, remote=False), (), attributes)
+
+    def _begin(
+        self,
+        name: str,
+        kind: SpanKind,
+        parent: Context,
+        links: Sequence[Link] = (),
+        attributes: Attributes | None = None,
+        start_ns: int | None = None,
+        span_id: int | None = None,
+    ) -> Trail:
+        if self._tracer is None:
+            given = trace.get_current_span(parent).get_span_context()
+            return Trail(_of(given) if given.is_valid else new_trace(sampled=False), self)
+        self._ids.given = span_id
+        span = self._tracer.start_span(name, parent, kind, _present(attributes), links, start_ns)
+        self._ids.given = None
+        return Trail(_of(span.get_span_context()), self, span if span.is_recording() else None)
+
+    async def close(self) -> None:
+        """Export what is left. Spans that wait for a report are still there afterwards: :meth:`Outgoing.drain`."""
+        if self._provider is not None:
+            await asyncio.to_thread(self._provider.shutdown)
+
+
+class Trail:
+    """One open span, and the way to those below it. One that is not recorded costs next to nothing.
+
+    :attr:`timings` are the seconds that its phases took, by name, recorded or not; :attr:`about` is what the reply's
+    own span shall say of the request.
+    """
+
+    __slots__ = ("_ended_ns", "_kept", "_let_go", "_span", "_tracing", "about", "context", "timings")
+
+    def __init__(self, context: TraceContext, tracing: Tracing | None = None, span: trace.Span | None = None) -> None:
+        self.context = context
+        self.timings: dict[str, float] = {}
+        self.about: Attributes = {}
+        self._tracing = tracing
+        self._span = span
+        self._kept = self._let_go = False
+        self._ended_ns: int | None = None
+
+    def __repr__(self) -> str:
+        return f"Trail({self.context}, recorded={self._span is not None})"
+
+    @classmethod
+    def quiet(cls) -> Trail:
+        """A trace of which nothing is recorded; it has an id all the same."""
+        return cls(new_trace(sampled=False))
+
+    @property
+    def trace_id(self) -> str:
+        return self.context.trace_id
+
+    @property
+    def captures(self) -> bool:
+        """Whether prompts and replies may be noted."""
+        return self._span is not None and self._tracing is not None and self._tracing.capture
+
+    def carrier(self) -> dict[str, str]:
+        """For the next hop."""
+        return self.context.carrier()
+
+    def child(
+        self,
+        name: str,
+        kind: SpanKind = INTERNAL,
+        links: Mapping[str, TraceContext] | None = None,
+        attributes: Attributes | None = None,
+        start_ns: int | None = None,
+        span_id: int | None = None,
+    ) -> Trail:
+        """Begin a span below this one.
+
+        Args:
+            links: other spans, by what they are to this one (see ``semconv.LINK``).
+            start_ns: when it began, if that is over already; nanoseconds since the epoch.
+            span_id: its id, if that must be known elsewhere.
+        """
+        if self._span is None or self._tracing is None:
+            return Trail(self.context, self._tracing)
+        parent = trace.set_span_in_context(self._span, Context())
+        found = [_link(context, what) for what, context in (links or {}).items()]
+        return self._tracing._begin(name, kind, parent, found, attributes, start_ns, span_id)
+
+    @contextmanager
+    def phase(self, name: str, attributes: Attributes | None = None) -> Iterator[Trail]:
+        """A span around a block of code, which may yield to its consumer; how the block ends is noted."""
+        began, child = time.monotonic(), self.child(name, attributes=attributes)
+        try:
+            yield child
+        except BaseException as error:
+            child.end(error)
+            raise
+        else:
+            child.end()
+        finally:
+            self.timings[name] = self.timings.get(name, 0.0) + time.monotonic() - began
+
+    def past(self, name: str, start_ns: int, end_ns: int, attributes: Attributes | None = None) -> None:
+        """A span below this one that is over already."""
+        self.child(name, attributes=attributes, start_ns=start_ns).end(at_ns=max(start_ns, end_ns))
+
+    def note(self, attributes: Attributes) -> None:
+        if self._span is not None:
+            self._span.set_attributes(_present(attributes))
+
+    def name(self, name: str) -> None:
+        """Give the span another name, when it is known only later."""
+        if self._span is not None:
+            self._span.update_name(name)
+
+    def link(self, what: str, context: TraceContext) -> None:
+        """Point to another span; ``what`` it is to this one."""
+        if self._span is not None:
+            link = _link(context, what)
+            self._span.add_link(link.context, link.attributes)
+
+    def fail(self, error: BaseException) -> None:
+        """Note how the work ended: an error by its code, an end that somebody wanted as cancelled."""
+        if self._span is None:
+            return
+        if isinstance(error, asyncio.CancelledError | GeneratorExit):
+            self._span.set_attribute(semconv.CANCELLED, True)
+            return
+        self._span.set_attribute(semconv.ERROR_TYPE, error_type(error))
+        self._span.set_status(Status(StatusCode.ERROR, _description(error)))
+        if not isinstance(error, RotundaError):
+            self._span.set_attribute(semconv.EXCEPTION_TYPE, type(error).__qualname__)
+
+    def refuse(self, error: RotundaError) -> None:
+        """Note the error that a request is answered with; a caller's own mistake does not make the span a failure."""
+        if error.status >= 500:
+            self.fail(error)
+        else:
+            self.note({semconv.ERROR_TYPE: error_type(error)})
+
+    def keep(self, session: str, conversation: str) -> None:
+        """A reply takes the span over, which ends with :meth:`finish` of that reply, and neither sooner nor later."""
+        self._kept = True
+        self.about = {semconv.CONVERSATION: conversation}
+        self.note({semconv.SESSION: session})
+
+    def finish(self, failure: RotundaError | None, stopped: TerminationReason | None) -> None:
+        """The reply that took the span over ends now. What its request has to say may follow until :meth:`end`."""
+        self._ended_ns = time.time_ns()
+        if failure is not None:
+            self.fail(failure)
+        elif stopped is not None:
+            self.note({semconv.CANCELLED: True, semconv.TERMINATION_REASON: stopped.value})
+        if self._let_go:
+            self.end()
+
+    def end(self, error: BaseException | None = None, at_ns: int | None = None) -> None:
+        """End the span. One that a reply has taken over waits for that; one that has ended stays as it is."""
+        if self._span is None:
+            return
+        if error is not None:
+            self.fail(error)
+        if self._kept and self._ended_ns is None:
+            self._let_go = True
+            return
+        self._span.end(self._ended_ns or at_ns)
+        self._span = None
+
+
+def error_type(error: BaseException) -> str:
+    """The same on spans and on metrics: the code that clients see."""
+    return error.code if isinstance(error, RotundaError) else "INTERNAL"
+
+
+def exports_elsewhere(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether an endpoint for OTLP is configured; then no span is kept here."""
+    return any(environ.get(name) for name in ENDPOINTS)
+
+
+def _description(error: BaseException) -> str | None:
+    """An error in words, but for those that may quote what was asked or answered."""
+    quotes = isinstance(error, InvalidInput | ProviderError) or not isinstance(error, RotundaError)
+    return None if quotes else str(error)
+
+
+def _otlp() -> SpanProcessor:
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    return BatchSpanProcessor(OTLPSpanExporter())
+
+
+def _resource(role: str, instance: str, environ: Mapping[str, str]) -> Resource:
+    own: dict[str, AttributeValue] = {
+        semconv.SERVICE_INSTANCE: instance,
+        semconv.HOST_NAME: socket.gethostname(),
+        semconv.ROLE: role,
+    }
+    named = environ.get("OTEL_SERVICE_NAME") or semconv.SERVICE_NAME in environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
+    return Resource.create(own if named else {semconv.SERVICE_NAME: "rotunda", **own})
+
+
+def _of(context: SpanContext) -> TraceContext:
+    return TraceContext(f"{context.trace_id:032x}", f"{context.span_id:016x}", context.trace_flags.sampled)
+
+
+def _span_context(context: TraceContext, remote: bool) -> SpanContext:
+    flags = TraceFlags(TraceFlags.SAMPLED if context.sampled else TraceFlags.DEFAULT)
+    return SpanContext(int(context.trace_id, 16), int(context.span_id, 16), remote, flags)
+
+
+def _context(context: TraceContext, remote: bool) -> Context:
+    return trace.set_span_in_context(NonRecordingSpan(_span_context(context, remote)), Context())
+
+
+def _link(context: TraceContext, what: str) -> Link:
+    return Link(_span_context(context, remote=True), {semconv.LINK: what})
+
+
+def _present(attributes: Attributes | None) -> dict[str, AttributeValue]:
+    return {name: value for name, value in (attributes or {}).items() if value is not None}
