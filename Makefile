@@ -67,7 +67,7 @@ bench-publish: $(VENV)/installed-bench  ## what docs/benchmarks.md shows, on an 
 	$(BIN)/python -m benchmarks publish
 
 chaos: $(VENV)/installed-dev  ## faults during load, with the invariants checked (minutes)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/chaos --chaos
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m chaos tests/chaos
 
 models: $(VENV)/installed  ## train the two shipped models again, side by side (about 42 and 20 CPU minutes)
 	$(MAKE) -j2 tiny-chat tiny-vision
