@@ -1,7 +1,7 @@
-"""``docs/benchmarks.md`` and the plots, written from ``benchmarks/results/*.json`` and from nothing else.
+"""``docs/benchmarks.md``, the README's figures and the plots: from ``benchmarks/results/*.json`` and nothing else.
 
-``python -m benchmarks.report`` rewrites the generated part of the page and, where matplotlib is installed (the extra
-``bench``), the plots below ``docs/plots``. A test holds the page to the results.
+``python -m benchmarks.report`` rewrites the generated parts of both pages and, where matplotlib is installed (the extra
+``bench``), the plots below ``docs/plots``. A test holds the pages to the results.
 """
 
 from __future__ import annotations
@@ -122,22 +122,30 @@ def number(value: float) -> str:
     return digits if "e" not in digits else f"{value:.6f}".rstrip("0")
 
 
-def page(results: Sequence[Found], text: str) -> str:
-    """The page with its generated part anew."""
-    return between(text, "results", tables(results))
-
-
 def headline(results: Sequence[Found]) -> str:
-    """The README's table: the first row with a target of each published result."""
-    lines = ["| | ratio [95 % interval] | target |", "|---|---|---|"]
-    for result in results:
-        for row in result["rows"]:
-            if result["publishable"] and row["target"] and row["sides"]:
-                value = row["value"]
-                told = f"{number(value['median'])} [{number(value['low'])}, {number(value['high'])}]"
-                lines.append(f"| {row['what']} | {told} | {_bound(row['target'])} |")
-                break
-    return "\n".join(lines) if len(lines) > 2 else "Nothing has been published yet."
+    """The README's part: one plot, and one line for each published result: its first ratio with a target."""
+    good = [result for result in results if result["publishable"]]
+    lines = []
+    for result in good:
+        row = next((row for row in result["rows"] if row["target"] and row["sides"]), None)
+        if row is not None:
+            value = row["value"]
+            told = f"{number(value['median'])} [{number(value['low'])}, {number(value['high'])}]"
+            lines.append(f"| {row['what']} | {told} | {_bound(row['target'])} |")
+    if not lines:
+        return "Nothing has been measured for publication yet.\n"
+    engines = [result["scenario"] for result in good if result["scenario"].startswith("engine_")]
+    plot = [f"![Tokens per second against streams](docs/plots/{engines[-1]}.throughput.svg)", ""] if engines else []
+    return "\n".join([*plot, "| | ratio [95 % interval] | target |", "|---|---|---|", *lines, ""])
+
+
+def pages(results: Sequence[Found]) -> Mapping[Path, str]:
+    """Each page with a generated part, as it should be."""
+    texts = {path: path.read_text(encoding="utf-8") for path in (PAGE, README)}
+    return {
+        PAGE: between(texts[PAGE], "results", tables(results)),
+        README: between(texts[README], "benchmarks", headline(results)),
+    }
 
 
 def main() -> None:
@@ -145,8 +153,9 @@ def main() -> None:
     parser.add_argument("--no-plots", action="store_true", help="tables only")
     given = parser.parse_args()
     results = read()
-    PAGE.write_text(page(results, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"wrote {PAGE.relative_to(ROOT)} from {len(results)} results")  # noqa: T201
+    for path, text in pages(results).items():
+        path.write_text(text, encoding="utf-8")
+        print(f"wrote {path.relative_to(ROOT)} from {len(results)} results")  # noqa: T201
     if not given.no_plots:
         from benchmarks import plots
 

@@ -39,6 +39,8 @@ ENVIRONMENT = {
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
+    # Ray's own default is 15: on a busy machine the replicas would be the last to run.
+    "RAY_worker_niceness": "0",
 }
 """What Ray and Serve are told; a value that is set already wins."""
 

@@ -71,9 +71,9 @@ def test_every_command_is_documented() -> None:
         assert f"\n## rotunda {name}\n" in text
 
 
-def test_the_benchmark_page_says_what_the_results_say() -> None:
-    text = report.PAGE.read_text(encoding="utf-8")
-    assert text == report.page(report.read(), text), "stale: run `python -m benchmarks.report`"
+@pytest.mark.parametrize("path", [report.PAGE, report.README], ids=lambda path: path.name)
+def test_a_page_with_figures_says_what_the_results_say(path: Path) -> None:
+    assert path.read_text(encoding="utf-8") == report.pages(report.read())[path], "run `python -m benchmarks.report`"
 
 
 def test_every_plot_of_the_documentation_exists() -> None:
