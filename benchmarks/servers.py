@@ -202,7 +202,7 @@ def transformers_serve(size: str, *, continuous: bool, threads: int) -> Iterator
     url = f"http://127.0.0.1:{port}"
     name = f"transformers serve{' CB' if continuous else ''}"
     mode = "continuous batching, 512 cache blocks" if continuous else "default mode"
-    with _process(command, _answers(f"{url}/v1/models"), _threads(threads)) as process:
+    with _process(command, _answers(f"{url}/health"), _threads(threads)) as process:
         yield Server(
             name, url, str(path), SURFACES["completions"], f"{mode}, float32, {threads} thread(s)",
             lambda: tree(process.pid),
@@ -238,6 +238,8 @@ def litellm(upstream: Server) -> Iterator[Server]:
         config.write_text(json.dumps({"model_list": [{"model_name": upstream.model, "litellm_params": params}]}))
         command = [_program("litellm", "litellm"), "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
         offline = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR", "LITELLM_TELEMETRY": "False"}
+        # Neither side asks for a key, and both listen on loopback only.
+        offline["LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY"] = "true"
         url = f"http://127.0.0.1:{port}"
         with _process(command, _answers(f"{url}/health/liveliness"), offline) as process:
             yield Server(
