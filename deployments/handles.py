@@ -120,6 +120,9 @@ class RouterHandle:
     async def trace(self, trace_id: str) -> list[SpanRow] | None:
         return await self._call("trace", trace_id)  # type: ignore[no-any-return]
 
+    async def figures(self) -> bytes:
+        return await self._call("figures")  # type: ignore[no-any-return]
+
     async def _call(self, method: str, *args: Any) -> Any:
         try:
             async with asyncio.timeout(ROUTER_TIMEOUT_S):

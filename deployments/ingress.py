@@ -5,7 +5,8 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 from fastapi import FastAPI
@@ -30,7 +31,9 @@ from serve_app.store import migrate
 from serve_app.store.images import ImageFiles
 from serve_app.store.passwords import Passwords
 from serve_app.store.store import Store
+from serve_app.telemetry.figures import breaker_figures
 from serve_app.telemetry.logs import set_up_logging
+from serve_app.telemetry.metrics import Metric, gauge
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +62,14 @@ class Ingress:
         self._store = await Store.open(url)
         files = ImageFiles(settings.image_storage_path)
         owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        link = RouterHandle(router)
-        gateway = Gateway(link, ModelHandles(owner), _limits(settings), breakers=Breakers(_rules(settings)))
+        link, breakers = RouterHandle(router), Breakers(_rules(settings))
+        gateway = Gateway(link, ModelHandles(owner), _limits(settings), breakers=breakers)
         key = await self._store.signing_key()
         access = Access(self._store, Passwords(), key, settings)
         self._sessions = Sessions(self._store, gateway, files, access.image_url, _session_limits(settings), owner)
         self._reporter = Reporter("ingress", RouterLink())
+        self._reporter.tracing.metrics.watch(lambda: breaker_figures(breakers.broken(time.monotonic())))
+        self._reporter.tracing.metrics.watch(self._figures)
         loop = asyncio.get_running_loop()
         self._ticking = loop.create_task(self._sessions.tick())
         self._reporting = loop.create_task(forever(self._reporter.report, REPORT_S))
@@ -79,6 +84,9 @@ class Ingress:
             self._reporter.tracing,
             link,
         )
+
+    def _figures(self) -> Iterator[Metric]:
+        yield gauge("rotunda_sessions_active", "Stream sessions that run.", {(): float(self._sessions.running)})
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._services)

@@ -30,7 +30,10 @@ from serve_app.engines import registry
 from serve_app.engines.base import Counters, Engine, EngineOptions
 from serve_app.engines.discovery import discover
 from serve_app.engines.embed import EmbeddingEngine
+from serve_app.engines.memory import gpu_bytes
+from serve_app.telemetry.figures import engine_figures, memory_figures
 from serve_app.telemetry.logs import set_up_logging
+from serve_app.telemetry.metrics import Metric
 from serve_app.telemetry.recording import Load, generation
 
 logger = logging.getLogger(__name__)
@@ -58,11 +61,13 @@ class ModelReplica:
         self._outboxes = Outboxes(args.model, self._settings.hf_stream_chunk_size)
         self._refused = 0
         self._busy_s = 0.0
+        self._memory_bytes = 0
         self._loaded_at: float | None = None
         self._last_used = time.time()
         self._link = RouterLink()
         self._reporter = Reporter("model", self._link)
         self._trace = Load(self._reporter.tracing, args.model)
+        self._reporter.tracing.metrics.watch(self._figures)
         loop = asyncio.get_running_loop()
         self._tasks = [
             loop.create_task(forever(self._report, HEARTBEAT_S)),
@@ -105,6 +110,11 @@ class ModelReplica:
             if info.id == self._args.model:
                 return info
         raise ModelNotFound(f"{self._args.model} is not in the model store.", retryable=False)
+
+    def _figures(self) -> Iterator[Metric]:
+        model, node = self._args.model, self._reporter.node
+        yield from engine_figures(self._counters(), model)
+        yield from memory_figures(model, self._link.replica_id, node, self._memory_bytes, gpu_bytes())
 
     def _on_progress(self, phase: str, fraction: float) -> None:
         self._trace.progress(phase, fraction)
@@ -200,7 +210,7 @@ class ModelReplica:
 
     async def _report(self) -> None:
         """Tell the router; a router that is away hears the next report."""
-        memory_bytes = await asyncio.to_thread(_resident_bytes)
+        memory_bytes = self._memory_bytes = await asyncio.to_thread(_resident_bytes)
         # From here on without an await: the report must not be older than its number.
         self._reports += 1
         counters = self._counters()

@@ -1,36 +1,52 @@
-"""How spans leave a process that exports none itself: with regular reports to the router, which keeps them."""
+"""How spans and figures leave a process: with regular reports to the router (:mod:`deployments.desk`).
+
+Where OTLP takes the spans, only the figures travel so.
+"""
 
 import asyncio
 import logging
+import socket
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
-from deployments.handles import answering
+import psutil
+import ray
+
 from deployments.serving import RouterLink
-from serve_app.config import Settings
-from serve_app.telemetry.spans import SpanRow, SpanStore, rows_of
-from serve_app.telemetry.tracing import Tracing, exports_elsewhere
+from serve_app.telemetry.metrics import Metric, gauge
+from serve_app.telemetry.spans import SpanRow, rows_of
+from serve_app.telemetry.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
 REPORT_S = 1.0
+LONGEST_SILENCE_S = 5.0
+"""A report is sent after so long also when it says nothing new: whoever is silent for long counts as gone."""
 LAST_REPORT_S = 1.0
 """How long a process that ends waits for the router to take its last report: it may be gone already."""
+MOST_SPANS = 4096
+"""In one report."""
 
 
 @dataclass(frozen=True, slots=True)
 class TelemetryReport:
-    """What a process has recorded since its last report. ``unsent``: spans that are lost if it is killed now."""
+    """What a process has recorded since its last report.
 
-    instance: str
+    ``figures``: its whole registry (:meth:`Metrics.snapshot`), None when nothing changed. ``unsent``: spans that are
+    lost if it is killed now. ``leaves``: this is the last one.
+    """
+
+    process: str
     role: str
     spans: tuple[SpanRow, ...] = ()
+    figures: bytes | None = None
     unsent: int = 0
+    leaves: bool = False
 
 
 class Reporter:
-    """Sends the reports of one process.
+    """Records what one process does, and reports it.
 
     Args:
         role: ingress, model or upstream.
@@ -41,49 +57,57 @@ class Reporter:
         self._role = role
         self._link = link
         self.tracing = Tracing.set_up(role, link.replica_id)
-        self._unsent: tuple[SpanRow, ...] = ()
+        process = ProcessFigures(role)
+        self.node = process.node
+        self.tracing.metrics.watch(process)
+        self._unsent: list[SpanRow] = []
+        self._figures = b""
+        self._silent_s = 0.0
 
-    async def report(self) -> None:
-        """Send what there is; what the router does not take is sent again with the next report."""
+    async def report(self, leaves: bool = False) -> None:
+        """Send what is new; what the router does not take is sent again with the next report."""
         outgoing = self.tracing.outgoing
-        self._unsent += tuple(rows_of(outgoing.drain()))
-        if not self._unsent:
+        self._unsent += rows_of(outgoing.drain())
+        figures = self.tracing.metrics.snapshot()
+        changed = figures != self._figures
+        self._silent_s += REPORT_S
+        if not (self._unsent or changed or leaves or self._silent_s >= LONGEST_SILENCE_S):
             return
-        report = TelemetryReport(self._link.replica_id, self._role, self._unsent, outgoing.unsent)
+        spans, unsent = tuple(self._unsent[:MOST_SPANS]), outgoing.open + max(0, len(self._unsent) - MOST_SPANS)
+        known = None if not changed else figures
+        report = TelemetryReport(self._link.replica_id, self._role, spans, known, unsent, leaves)
         if await self._link.tell("telemetry", report):
-            self._unsent = self._unsent[len(report.spans) :]
+            self._figures, self._silent_s = figures, 0.0
+            del self._unsent[: len(spans)]
 
     async def close(self) -> None:
         """Flush: nothing that was recorded is lost when a process ends in order."""
         await self.tracing.close()
         with suppress(TimeoutError):
             async with asyncio.timeout(LAST_REPORT_S):
-                await self.report()
+                await self.report(leaves=True)
 
 
-class Desk:
-    """What the router does with the reports: it takes them in, and answers questions about them."""
+class ProcessFigures:
+    """Memory of this process and of its node; sizes are rounded, so that a process at rest has nothing to report."""
 
-    _spans: SpanStore | None = None
+    STEP = 2**20
 
-    def open_desk(self, settings: Settings) -> None:
-        """Begin to keep what comes in."""
-        if not exports_elsewhere():
-            path = settings.rotunda_home / "data" / "traces.db"
-            self._spans = SpanStore(path, settings.trace_max_spans, settings.trace_retention_hours * 3600)
+    def __init__(self, role: str) -> None:
+        self._process = psutil.Process()
+        node = ray.get_runtime_context().get_node_id()
+        self.node = f"{socket.gethostname()}-{node[:6]}"
+        self._mine = (("node", self.node), ("role", role))
 
-    async def telemetry(self, report: TelemetryReport) -> bool:
-        """Take the report of a process; True: it need not be sent again."""
-        if self._spans is not None and report.spans:
-            await asyncio.to_thread(self._spans.add, report.spans)
-        return True
+    def __call__(self) -> Iterator[Metric]:
+        memory = psutil.virtual_memory()
+        here = (("node", self.node),)
+        resident = self._rounded(self._process.memory_info().rss)
+        yield gauge("rotunda_process_resident_bytes", "Resident memory, all processes.", {self._mine: resident})
+        yield gauge("rotunda_processes", "Living processes.", {self._mine: 1})
+        free = self._rounded(memory.available, 64)
+        yield gauge("rotunda_node_memory_free_bytes", "Memory of the node that is available.", {here: free})
+        yield gauge("rotunda_node_memory_bytes", "Memory of the node.", {here: memory.total})
 
-    @answering
-    async def traces(self, limit: int, session: str | None) -> list[dict[str, Any]] | None:
-        """The newest traces; None when they are exported elsewhere."""
-        return None if self._spans is None else await asyncio.to_thread(self._spans.traces, limit, session)
-
-    @answering
-    async def trace(self, trace_id: str) -> list[SpanRow] | None:
-        """The spans of a trace; None when they are exported elsewhere."""
-        return None if self._spans is None else await asyncio.to_thread(self._spans.trace, trace_id)
+    def _rounded(self, size: int, steps: int = 1) -> float:
+        return float(size // (steps * self.STEP) * steps * self.STEP)

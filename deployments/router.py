@@ -7,6 +7,7 @@ deploys a discovered model on first use and takes it away when its files change 
 import asyncio
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -19,9 +20,9 @@ from ray.serve.handle import DeploymentHandle
 from deployments import model as model_deployment
 from deployments.capacity import Nodes
 from deployments.demand import local_model, parts_of
+from deployments.desk import SAVE_S, Desk
 from deployments.handles import answering, forever, translate
 from deployments.remotes import UPSTREAM_BUILDER, Remotes
-from deployments.reporting import Desk
 from serve_app.config import GatewayArgs, ModelArgs, UpstreamArgs, load, read_models
 from serve_app.config.sources import PLATFORM
 from serve_app.domain.catalog import LOCAL_PROVIDER, RESIDENT, Catalogue, Entry, ModelInfo, application_name
@@ -34,7 +35,9 @@ from serve_app.domain.routing import Admission, Ask, Granted, Lease, choose
 from serve_app.domain.upstreams import UpstreamReport
 from serve_app.engines import registry
 from serve_app.engines.discovery import ModelStore
+from serve_app.telemetry.figures import fleet_figures, rotation_figures, thresholds
 from serve_app.telemetry.logs import set_up_logging
+from serve_app.telemetry.metrics import Metric
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +78,13 @@ class Router(Desk):
         self._nodes = Nodes(self._platform.capacity)
         self._rotation = Rotation(time.time())
         self._scanned = asyncio.Event()
+        self.tracing.metrics.watch(self._figures)
         loop = asyncio.get_running_loop()
         self._tasks = [
             loop.create_task(forever(self._look_at_store, SCAN_S)),
             loop.create_task(forever(self._look_at_serve, POLL_S)),
             loop.create_task(forever(self._look_at_nodes, POLL_S)),
+            loop.create_task(forever(self.look_at_processes, SAVE_S)),
         ]
 
     @answering
@@ -132,10 +137,26 @@ class Router(Desk):
             if entry.application == application and not entry.shared:
                 self._rotation.handle(Gone(entry.full_name, replica_id), time.time())
 
+    def _figures(self) -> Iterator[Metric]:
+        """What the router alone knows, for ``/metrics``."""
+        yield from fleet_figures(self._view())
+        yield from rotation_figures(self._rotation_view(0))
+        settings = self._settings
+        yield thresholds(
+            {
+                "warning": settings.memory_warning_threshold,
+                "cleanup": settings.memory_cleanup_threshold,
+                "critical": settings.memory_critical_threshold,
+            }
+        )
+
     @answering
     async def view(self) -> FleetView:
         """What there is and how it is."""
         await self._scanned.wait()
+        return self._view()
+
+    def _view(self) -> FleetView:
         pinned = frozenset(entry.full_name for entry in self._catalogue.entries if self._is_pinned(entry))
         now = time.time()
         self._fleet.prune(now)
@@ -144,6 +165,9 @@ class Router(Desk):
     @answering
     async def rotation(self, history: int = HISTORY) -> RotationView:
         """What holds memory, who waits, and the last decisions."""
+        return self._rotation_view(history)
+
+    def _rotation_view(self, history: int) -> RotationView:
         names = {entry.full_name: self._catalogue.name_of(entry) for entry in self._catalogue.entries}
         return view_of(self._rotation, time.time(), lambda name: names.get(name, name), history)
 

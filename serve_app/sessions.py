@@ -83,6 +83,11 @@ class Sessions:
     def __repr__(self) -> str:
         return f"Sessions(owner={self._owner!r}, live={sorted(self._live)})"
 
+    @property
+    def running(self) -> int:
+        """How many this ingress generates right now."""
+        return len(self._live)
+
     def find(self, session_id: str) -> LiveReply | None:
         """The session, when this ingress generates it right now."""
         return self._live.get(session_id)

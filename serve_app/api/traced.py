@@ -6,6 +6,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.api.context import TRACE, route_path
 from serve_app.telemetry import semconv
+from serve_app.telemetry.logs import about
 from serve_app.telemetry.propagation import from_carrier
 from serve_app.telemetry.tracing import Tracing, Trail
 
@@ -35,6 +36,7 @@ class Traced:
             await self._app(scope, receive, send)
             return
         trail = scope[TRACE] = self._begin(scope)
+        about(trace_id=trail.trace_id)
 
         async def send_traced(message: Message) -> None:
             if message["type"] in STARTS:

@@ -1,4 +1,4 @@
-"""Recorded traces: ``/traces`` lists the newest, ``/traces/{id}`` shows one, in a form for every reader."""
+"""What the platform tells of itself: recorded traces (``/traces``, ``/traces/{id}``) and figures (``/metrics``)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse
 from serve_app.api.services import Services
 from serve_app.domain.errors import InvalidInput, NotFound
 from serve_app.telemetry.formats import as_otlp, as_perfetto, as_tree
+from serve_app.telemetry.metrics import CONTENT_TYPE
 from serve_app.telemetry.spans import SpanRow
 
 MOST_TRACES = 1000
@@ -50,6 +51,12 @@ class Traces:
             )
         return JSONResponse(FORMATS[wanted](rows))
 
+    async def figures(self) -> Response:
+        """``GET /metrics``: the figures of all processes of the cluster, whichever ingress is asked."""
+        if self._kept is None:
+            raise NotFound("There are no figures here: this server runs without a router.")
+        return Response(await self._kept.figures(), media_type=CONTENT_TYPE)
+
 
 def _elsewhere() -> NotFound:
     return NotFound("No traces are kept here: they are switched off, or exported (OTEL_EXPORTER_OTLP_ENDPOINT).")
@@ -64,6 +71,10 @@ def _number(given: str) -> int:
 def traces_router(services: Services) -> APIRouter:
     """The routes of the module."""
     router, traces = APIRouter(), Traces(services)
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        return await traces.figures()
 
     @router.get("/traces")
     async def listed(request: Request) -> Response:

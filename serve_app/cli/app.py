@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from serve_app.cli import bench, chat, models
+from serve_app.cli import bench, chat, models, traces
 from serve_app.cli.database import db
 from serve_app.cli.run import FAILURE
 from serve_app.cli.settings import config
@@ -47,6 +47,7 @@ app.command("unload")(models.unload)
 app.command("pin")(models.pin)
 app.command("plan")(models.plan)
 app.command("chat")(chat.chat)
+app.command("trace")(traces.trace)
 app.command("bench")(bench.bench)
 app.add_typer(config, name="config")
 app.add_typer(db, name="db")

@@ -94,6 +94,11 @@ class Breakers:
         found = {self._by_key.get(key, CLOSED).state(now, self.rules) for key in _keys(entry)}
         return next(state for state in (Circuit.OPEN, Circuit.HALF_OPEN, Circuit.CLOSED) if state in found)
 
+    def broken(self, now: float) -> dict[str, Circuit]:
+        """The state of every way, by name of model or application, that is open or only tried."""
+        states = {key: breaker.state(now, self.rules) for key, breaker in self._by_key.items()}
+        return {key: state for key, state in states.items() if state is not Circuit.CLOSED}
+
     def retry_in_s(self, entry: Entry, now: float) -> float:
         return max(self._by_key.get(key, CLOSED).retry_in_s(now, self.rules) for key in _keys(entry))
 

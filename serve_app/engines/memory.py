@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -118,3 +119,11 @@ def _number(section: Mapping[str, Any], *names: str) -> int | None:
         if type(value) is int and value > 0:
             return value
     return None
+
+
+def gpu_bytes() -> int | None:
+    """Memory that this process holds on its GPUs, freed blocks that torch keeps included; None when it uses none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return sum(int(torch.cuda.memory_reserved(device)) for device in range(torch.cuda.device_count()))

@@ -12,13 +12,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 
+from opentelemetry.util.types import AttributeValue
+
 from serve_app.domain.errors import RotundaError
 from serve_app.domain.events import Loading, Queued
 from serve_app.domain.generation import Accepted, Delta, Finish, GenerationRequest, Marks, Timing
 from serve_app.domain.routing import Candidate
 from serve_app.telemetry import semconv
+from serve_app.telemetry.logs import about
 from serve_app.telemetry.propagation import TraceContext, from_carrier
-from serve_app.telemetry.tracing import CLIENT, Attributes, Tracing, Trail
+from serve_app.telemetry.tracing import CLIENT, Attributes, Tracing, Trail, error_type
 
 
 class Record:
@@ -43,6 +46,7 @@ class Record:
         self._load_s = 0.0
         self._waited = self._loading = False
         self._wait: Trail | None = None
+        self._about: dict[str, AttributeValue | None] = {}
         self._chat: Trail | None = None
         self._attempt = trail
         self._attempts = 0
@@ -76,10 +80,11 @@ class Record:
     def chosen(self, candidates: tuple[Candidate, ...]) -> None:
         """The models that will be tried, in this order: the reply begins."""
         operation = semconv.TEXT_COMPLETION if self._request.raw else semconv.CHAT
+        self._about = {semconv.OPERATION: operation, **_asked(self._request, candidates), **self.trail.about}
         self._chat = self.trail.child(
             f"{operation} {candidates[0].name}",
             CLIENT,
-            attributes={semconv.OPERATION: operation, **_asked(self._request, candidates), **self.trail.about},
+            attributes=self._about,
             span_id=_span_id(self._request.request_id),
         )
         if self._chat.captures:
@@ -96,6 +101,7 @@ class Record:
         """One call to one model; it is linked to the one that it repeats."""
         self._attempts += 1
         self._candidate = candidate
+        about(model=candidate.name, provider=candidate.entry.provider)
         self._called, self._called_ns = self._clock(), time.time_ns()
         self._loading = not candidate.resident
         self._attempt = trail = (self._chat or self.trail).child(
@@ -161,11 +167,18 @@ class Record:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._chat is None:
             return
-        self._chat.note(_told(self.timing(), self._candidate, self._finish))
+        timing = self.timing()
+        told = _told(timing, self._candidate, self._finish)
+        self._chat.note(told)
         if self._deltas:
             self._chat.note({semconv.OUTPUT_MESSAGES: _messages(("assistant", Delta.joined(self._deltas).text))})
-        # Whoever closes the iterator after the last step cancels nothing.
-        self._chat.end(None if self._finish is not None else error)
+        if self._finish is not None:
+            error = None  # whoever closes the iterator after the last step cancels nothing
+        self._chat.end(error)
+        if self.trail.metrics is not None:
+            usage = self._finish.usage if self._finish else None
+            failed = error_type(error) if isinstance(error, Exception) else None
+            self.trail.metrics.reply({**self._about, **told}, timing, usage, failed)
 
 
 @contextmanager
@@ -182,6 +195,7 @@ def generation(
     """
     trail = tracing.continued(f"generate {model}", request.trace)
     began, offset_ns = time.monotonic(), time.time_ns() - time.monotonic_ns()
+    about(trace_id=trail.trace_id, model=model)
     marks = Marks()
     failure: BaseException | None = None
     try:
@@ -199,6 +213,8 @@ class Load:
     """The trace of a model that comes into memory: a span for the whole, and one for each of its parts."""
 
     def __init__(self, tracing: Tracing, model: str) -> None:
+        self._model, self._began = model, time.monotonic()
+        self._metrics = tracing.metrics
         self._trail = tracing.alone(f"model.load {model}", {semconv.MODEL: model})
         self._parts: dict[str, Trail] = {}
         self.carrier = self._trail.carrier()
@@ -215,6 +231,8 @@ class Load:
         for part in self._parts.values():
             part.end(failure)
         self._trail.end(failure)
+        seconds = time.monotonic() - self._began
+        self._metrics.loaded(self._model, seconds, None if failure is None else error_type(failure))
 
 
 def _phases(marks: Marks, began: float, ended: float, remote: bool) -> Iterator[tuple[str, float, float]]:

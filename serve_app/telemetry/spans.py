@@ -49,6 +49,10 @@ class Kept(Protocol):
 
     async def trace(self, trace_id: str) -> list[SpanRow] | None: ...
 
+    async def figures(self) -> bytes:
+        """The figures of the whole platform, as Prometheus reads them."""
+        ...
+
 
 def rows_of(spans: Iterable[ReadableSpan]) -> list[SpanRow]:
     return [_row(span) for span in spans]
@@ -93,6 +97,8 @@ CREATE TABLE IF NOT EXISTS spans (
     body TEXT NOT NULL, PRIMARY KEY (trace_id, span_id)
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS spans_by_time ON spans (start_ns);
+CREATE TABLE IF NOT EXISTS figures (process TEXT PRIMARY KEY, heard REAL NOT NULL, gone INTEGER NOT NULL,
+    snapshot BLOB NOT NULL) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS roots_by_time ON spans (start_ns) WHERE root;
 """
 
@@ -132,13 +138,15 @@ class SpanStore:
     def _sweep(self) -> None:
         """Delete whole traces, the oldest first, until both bounds hold."""
         oldest = time.time_ns() - int(self._most_age_s * 1e9)
-        query = "SELECT start_ns FROM spans ORDER BY start_ns DESC LIMIT 1 OFFSET ?"
-        beyond = self._connection.execute(query, (self._most_spans,)).fetchone()
-        oldest = max(oldest, beyond[0] + 1 if beyond else 0)
         self._connection.execute(
-            "DELETE FROM spans WHERE trace_id IN (SELECT DISTINCT trace_id FROM spans WHERE start_ns < ?) "
-            "AND trace_id NOT IN (SELECT DISTINCT trace_id FROM spans WHERE end_ns >= ?)",
+            "DELETE FROM spans WHERE trace_id IN (SELECT trace_id FROM spans WHERE start_ns < ? "
+            "EXCEPT SELECT trace_id FROM spans WHERE end_ns >= ?)",
             (oldest, oldest),
+        )
+        self._connection.execute(
+            "DELETE FROM spans WHERE trace_id IN (SELECT trace_id FROM spans WHERE start_ns <= "
+            "(SELECT start_ns FROM spans ORDER BY start_ns DESC LIMIT 1 OFFSET ?))",
+            (self._most_spans,),
         )
 
     def traces(self, limit: int, session: str | None = None) -> list[dict[str, Any]]:
@@ -160,6 +168,19 @@ class SpanStore:
         with self._lock:
             found = self._connection.execute(query, (trace_id,)).fetchall()
         return [SpanRow(*row) for row in found]
+
+    def save_figures(self, rows: Iterable[tuple[str, float, bool, bytes]]) -> None:
+        """Keep the last figures of every process for the next router (``Totals.to_rows``)."""
+        with self._lock, self._connection:
+            self._connection.execute("DELETE FROM figures")
+            self._connection.executemany("INSERT INTO figures VALUES (?,?,?,?)", rows)
+
+    def figures(self, since: float) -> list[tuple[str, float, bool, bytes]]:
+        """What was saved, unless nobody has been heard since then: that was another run of the platform."""
+        with self._lock:
+            found = self._connection.execute("SELECT * FROM figures").fetchall()
+        alive = any(heard >= since for _, heard, _, _ in found)
+        return [(process, heard, bool(gone), snapshot) for process, heard, gone, snapshot in found] if alive else []
 
 
 _SESSION_PATH = f'$.attributes."{semconv.SESSION}"'

@@ -33,6 +33,8 @@ from opentelemetry.util.types import AttributeValue
 from serve_app.domain.conversation import TerminationReason
 from serve_app.domain.errors import InvalidInput, ProviderError, RotundaError
 from serve_app.telemetry import semconv
+from serve_app.telemetry.logs import about
+from serve_app.telemetry.metrics import Labels, Metric, Metrics, counter
 from serve_app.telemetry.propagation import TraceContext, from_carrier, new_trace
 
 logger = logging.getLogger(__name__)
@@ -105,9 +107,9 @@ class Outgoing(SpanProcessor):
             self.dropped += 1
 
     @property
-    def unsent(self) -> int:
-        """Spans that would be lost if the process were killed now."""
-        return self.started - self.ended + len(self._ended)
+    def open(self) -> int:
+        """Spans that have begun and not ended."""
+        return self.started - self.ended
 
     def drain(self) -> list[ReadableSpan]:
         """The spans that ended since the last call."""
@@ -123,11 +125,19 @@ class Tracing:
         self._tracer = provider.get_tracer("rotunda") if provider else None
         self._ids = ids
         self.outgoing = outgoing
+        self.metrics = Metrics()
+        self.metrics.watch(self._figures)
         self.capture = capture
         """Whether spans may hold prompts and replies."""
 
     def __repr__(self) -> str:
-        return f"Tracing(on={self._provider is not None}, unsent={self.outgoing.unsent})"
+        return f"Tracing(on={self._provider is not None}, open={self.outgoing.open})"
+
+    def _figures(self) -> Iterator[Metric]:
+        outgoing = self.outgoing
+        counts = {"ended": outgoing.ended, "dropped": outgoing.dropped}
+        spans: dict[Labels, float] = {(("outcome", outcome),): float(count) for outcome, count in counts.items()}
+        yield counter("rotunda_spans", "Spans of the living processes and what became of them.", spans)
 
     @classmethod
     def off(cls) -> Tracing:
@@ -237,6 +247,11 @@ class Trail:
         """Whether prompts and replies may be noted."""
         return self._span is not None and self._tracing is not None and self._tracing.capture
 
+    @property
+    def metrics(self) -> Metrics | None:
+        """Of the process; None for a trail that belongs to none."""
+        return self._tracing.metrics if self._tracing is not None else None
+
     def carrier(self) -> dict[str, str]:
         """For the next hop."""
         return self.context.carrier()
@@ -318,16 +333,23 @@ class Trail:
     def keep(self, session: str, conversation: str) -> None:
         """A reply takes the span over, which ends with :meth:`finish` of that reply, and neither sooner nor later."""
         self._kept = True
+        about(session=session)
         self.about = {semconv.CONVERSATION: conversation}
         self.note({semconv.SESSION: session})
 
     def finish(self, failure: RotundaError | None, stopped: TerminationReason | None) -> None:
         """The reply that took the span over ends now. What its request has to say may follow until :meth:`end`."""
         self._ended_ns = time.time_ns()
+        status, reason = "completed", ""
         if failure is not None:
             self.fail(failure)
+            status, reason = "error", error_type(failure)
         elif stopped is not None:
             self.note({semconv.CANCELLED: True, semconv.TERMINATION_REASON: stopped.value})
+            status, reason = "terminated", stopped.value
+        self.note({semconv.SESSION_STATUS: status})
+        if self.metrics is not None:
+            self.metrics.session_ended(status, reason)
         if self._let_go:
             self.end()
 

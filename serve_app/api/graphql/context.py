@@ -17,6 +17,7 @@ from serve_app.api.graphql.paging import MessagePage
 from serve_app.api.services import Services
 from serve_app.domain.conversation import Conversation, SessionStatus, StoredImage, StoredMessage, StreamSession
 from serve_app.replies import LiveReply
+from serve_app.telemetry.logs import about
 
 
 class Page(NamedTuple):
@@ -56,6 +57,7 @@ class Context(BaseContext):
         context = copy.copy(self)
         if self.is_websocket:
             context.trace = self.services.tracing.serve("WS /graphql", None, trust=False)
+            about(trace_id=context.trace.trace_id)
         context._messages = DataLoader(context._load_messages, cache=False)
         return context
 
