@@ -84,6 +84,7 @@ class Ingress:
             self._reporter.tracing,
             link,
         )
+        self._sweeping = loop.create_task(self._services.archive.run())
 
     def _figures(self) -> Iterator[Metric]:
         yield gauge("rotunda_sessions_active", "Stream sessions that run.", {(): float(self._sessions.running)})
@@ -105,6 +106,7 @@ class Ingress:
         self._ticking.cancel()
         self._reporting.cancel()
         await self._reporter.close()
+        self._sweeping.cancel()
         await self._store.close()
 
 

@@ -34,6 +34,29 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(b"")) + _chunk(b"IEND", b"")
 
 
+def scan_bomb(scans: int = 2000) -> bytes:
+    """A small progressive JPEG with its last scan repeated: each is decoded over the whole picture."""
+    whole = _save(Pillow.new("RGB", (64, 64), "red"), "JPEG", progressive=True)
+    body, end = whole[:-2], whole[-2:]
+    return body + body[body.rindex(b"\xff\xda") :] * scans + end
+
+
+def text_bomb() -> bytes:
+    """A PNG whose compressed comment unfolds to 100 MB."""
+    whole = encoded("PNG")
+    after_header = 8 + 25
+    comment = _chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"\0" * 100_000_000))
+    return whole[:after_header] + comment + whole[after_header:]
+
+
+def huge_jpeg() -> bytes:
+    """A JPEG of a few bytes whose header promises 65,500 × 65,500 pixels."""
+    whole = bytearray(encoded("JPEG"))
+    at = whole.index(b"\xff\xc0")
+    whole[at + 5 : at + 9] = struct.pack(">HH", 65_500, 65_500)
+    return bytes(whole)
+
+
 def _chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 

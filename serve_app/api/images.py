@@ -5,19 +5,24 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from urllib.parse import unquote_to_bytes
 
 from serve_app.api.pictures import Limits, Picture, clean
 from serve_app.config import Settings
-from serve_app.domain.errors import InvalidInput, PayloadTooLarge
+from serve_app.domain.errors import InvalidInput, PayloadTooLarge, RotundaError
 from serve_app.domain.generation import Image
 from serve_app.replies import Upload
+from serve_app.store.archive import ImageArchive
 from serve_app.store.images import ImageFiles
 from serve_app.store.records import NewImage
+
+logger = logging.getLogger(__name__)
 
 # Decoding takes a processor and up to a few hundred MB: more at once would only be slower.
 _AT_ONCE = 2
@@ -46,23 +51,47 @@ class ImageIntake:
     Args:
         settings: sizes, types and numbers that are allowed, and how long images are kept.
         files: where their bytes are stored.
+        archive: deletes them again when their message is refused.
     """
 
-    def __init__(self, settings: Settings, files: ImageFiles) -> None:
+    def __init__(self, settings: Settings, files: ImageFiles, archive: ImageArchive) -> None:
         self._limits = limits_of(settings)
         self._keep = timedelta(days=settings.image_retention_days) if settings.image_retention_days else None
         self._files = files
+        self._archive = archive
         self._turns = asyncio.Semaphore(_AT_ONCE)
 
-    async def receive(self, images: Sequence[RawImage | str]) -> Received:
-        """Verify all of a message's images, then store them. A text is base64 or a data URI.
+    @asynccontextmanager
+    async def receive(self, images: Sequence[RawImage | str]) -> AsyncIterator[Received]:
+        """Verify all of a message's images, then store them for the block, which stores the message.
+
+        A text is base64 or a data URI. When the block raises, what it has left without a message is deleted again.
 
         Raises:
             PayloadTooLarge, UnsupportedMedia, InvalidInput: one of them cannot be taken; nothing was stored.
         """
         pictures = await self.verify(images)
-        uploads = tuple([await self._store(picture) for picture in pictures])
-        return Received(uploads, tuple(warning for picture in pictures for warning in picture.warnings))
+        stored: list[Upload] = []
+        try:
+            for picture in pictures:
+                stored.append(await self._store(picture))
+            yield Received(tuple(stored), tuple(warning for picture in pictures for warning in picture.warnings))
+        except BaseException:
+            await self._forget(stored)
+            raise
+        await self._confirm(stored)
+
+    async def _confirm(self, uploads: Sequence[Upload]) -> None:
+        try:
+            await self._archive.keep((upload.image.data, upload.image.media_type) for upload in uploads)
+        except OSError as error:
+            logger.warning("it is not certain that the images of a message are still there: %s", error)
+
+    async def _forget(self, uploads: Sequence[Upload]) -> None:
+        try:
+            await self._archive.drop([upload.row.file_path for upload in uploads])
+        except (RotundaError, OSError) as error:
+            logger.warning("the images of a refused message stay until they are collected: %s", error)
 
     async def verify(self, images: Sequence[RawImage | str]) -> list[Picture]:
         """Verify and clean, without storing anything. Raises as :meth:`receive` does."""

@@ -30,6 +30,9 @@ TYPES = {
 # What Pillow's decoders raise for damaged files, beside OSError.
 _DAMAGE = (OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, OverflowError, struct.error, zlib.error)
 _QUALITY = 92
+# Each scan of a JPEG is decoded over the whole picture, and a few bytes suffice for one. Progressive ones have some 10.
+_MOST_SCANS = 50
+_SCAN = b"\xff\xda"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ def clean(data: bytes, filename: str, limits: Limits) -> Picture:
     Raises:
         PayloadTooLarge: too many bytes, or too many pixels (judged by the header, before anything is decoded).
         UnsupportedMedia: not an image of an accepted type.
-        InvalidInput: an image of such a type, but damaged.
+        InvalidInput: an image of such a type, but damaged, or made to take very long.
     """
     name = safe_filename(filename)
     if len(data) > limits.max_bytes:
@@ -67,6 +70,8 @@ def clean(data: bytes, filename: str, limits: Limits) -> Picture:
         )
     picture = _open(data, name, limits)
     media_type = "image/jpeg" if isinstance(picture, JpegImageFile) else TYPES[str(picture.format)]
+    if media_type == "image/jpeg" and data.count(_SCAN) > _MOST_SCANS:
+        raise InvalidInput(f"{name} is a JPEG of more than {_MOST_SCANS} scans. Save it again as an ordinary one.")
     warnings = []
     if media_type != "image/jpeg" and getattr(picture, "is_animated", False):
         warnings.append(f"{name} is animated; only its first frame is used.")

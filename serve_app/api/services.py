@@ -11,6 +11,7 @@ from serve_app.api.images import ImageIntake
 from serve_app.config import Settings
 from serve_app.gateway import Gateway
 from serve_app.sessions import Sessions
+from serve_app.store.archive import ImageArchive
 from serve_app.store.images import ImageFiles
 from serve_app.store.passwords import Passwords
 from serve_app.store.store import Store
@@ -38,4 +39,8 @@ class Services:
 
     @cached_property
     def intake(self) -> ImageIntake:
-        return ImageIntake(self.settings, self.files)
+        return ImageIntake(self.settings, self.files, self.archive)
+
+    @cached_property
+    def archive(self) -> ImageArchive:
+        return ImageArchive(self.store, self.files)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from datetime import UTC, datetime
 
 from fastapi import APIRouter, Request, Response
@@ -40,38 +40,39 @@ class Streams:
     async def begin(self, request: Request) -> Response:
         """``POST /api/stream-message``: what can be refused is refused before the stream opens."""
         trace = trace_of(request.scope)
-        with trace.phase("request.read"):
-            body, images = await stream_message(request)
-            longest = self._services.settings.max_message_chars
-            if len(body.message) > longest:
-                raise InvalidInput(f"The message has {len(body.message):,} characters; {longest:,} is the most.")
-            options = body.options.to_options()
-            existing = await self._existing(body, request)
-            received = await self._services.intake.receive(images)
-            conversation = existing or await self._create(body)
-        try:
-            reply = await self._services.sessions.start(
-                NewReply(
-                    conversation=conversation,
-                    text=body.message,
-                    model=body.model,
-                    system_prompt=body.system_prompt,
-                    uploads=received.uploads,
-                    image_warnings=received.warnings,
-                    options=options,
-                    priority=body.order,
-                    fallbacks=tuple(body.fallback_models),
-                    context_policy=body.context_policy,
-                    on_disconnect=body.on_disconnect,
-                    caller=caller_of(request) or ANONYMOUS,
-                    trace=trace,
+        async with AsyncExitStack() as block:
+            with trace.phase("request.read"):
+                body, images = await stream_message(request)
+                longest = self._services.settings.max_message_chars
+                if len(body.message) > longest:
+                    raise InvalidInput(f"The message has {len(body.message):,} characters; {longest:,} is the most.")
+                options = body.options.to_options()
+                existing = await self._existing(body, request)
+                received = await block.enter_async_context(self._services.intake.receive(images))
+                conversation = existing or await self._create(body)
+            try:
+                reply = await self._services.sessions.start(
+                    NewReply(
+                        conversation=conversation,
+                        text=body.message,
+                        model=body.model,
+                        system_prompt=body.system_prompt,
+                        uploads=received.uploads,
+                        image_warnings=received.warnings,
+                        options=options,
+                        priority=body.order,
+                        fallbacks=tuple(body.fallback_models),
+                        context_policy=body.context_policy,
+                        on_disconnect=body.on_disconnect,
+                        caller=caller_of(request) or ANONYMOUS,
+                        trace=trace,
+                    )
                 )
-            )
-            await reply.opened()
-        except RotundaError:
-            if existing is None:
-                await self._discard(conversation)
-            raise
+                await reply.opened()
+            except RotundaError:
+                if existing is None:
+                    await self._discard(conversation)
+                raise
         return EventStream(_encoded(reply, 0), self._heartbeat_s)
 
     async def follow(self, session_id: str, request: Request) -> Response:
@@ -131,8 +132,7 @@ class Streams:
 
     async def _discard(self, conversation: Conversation) -> None:
         """The conversation was made for a reply that could not begin, and nobody knows its id."""
-        for path in await self._services.store.delete_conversation(conversation.id):
-            await self._services.files.delete(path)
+        await self._services.archive.drop(await self._services.store.delete_conversation(conversation.id))
 
 
 async def _encoded(reply: LiveReply, after: int) -> AsyncGenerator[bytes, None]:

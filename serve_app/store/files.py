@@ -90,6 +90,12 @@ class Images:
         return image_of(row)
 
     @whole
+    async def unreferenced_files(self, file_paths: Collection[str]) -> list[str]:
+        """Those of ``file_paths`` that no live image refers to, sorted."""
+        async with self._db.read() as connection:
+            return await orphans(connection, file_paths)
+
+    @whole
     async def images_referencing(self, file_path: str) -> list[StoredImage]:
         """The live images that share this file."""
         return await self._live(images.c.file_path == file_path)

@@ -6,7 +6,10 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import re
 import tempfile
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +25,8 @@ EXTENSIONS = {
     "image/tiff": "tiff",
     "image/avif": "avif",
 }
+_STORED = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}\.[a-z]+")
+_HALF, _ASIDE = ".tmp", ".aside"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +58,24 @@ class ImageFiles:
         """The bytes of a stored image; NotFound when it is gone or the path leads out of the root."""
         return await asyncio.to_thread(self._read, file_path)
 
-    async def delete(self, file_path: str) -> bool:
-        """Delete a stored image; False when there was none, or the path leads out of the root."""
-        return await asyncio.to_thread(self._delete, file_path)
+    async def set_aside(self, file_paths: Sequence[str]) -> list[str]:
+        """Hide files from readers; returns those that were there. :meth:`put_back` or :meth:`delete_aside` ends it."""
+        return await asyncio.to_thread(lambda: [path for path in file_paths if self._set_aside(path)])
+
+    async def put_back(self, file_paths: Sequence[str]) -> None:
+        """Undo :meth:`set_aside`."""
+        await asyncio.to_thread(self._each, self._move_back, file_paths)
+
+    async def delete_aside(self, file_paths: Sequence[str]) -> None:
+        """Delete files that were set aside; one that was saved again meanwhile stays."""
+        await asyncio.to_thread(self._each, self._delete_aside, file_paths)
+
+    async def older_than(self, age_s: float) -> list[str]:
+        """The stored files that were last written so long ago, sorted; traces of interrupted work are cleared away.
+
+        What does not bear a name of :meth:`save` is none of ours and is left alone.
+        """
+        return await asyncio.to_thread(self._older_than, time.time() - age_s)
 
     def path(self, file_path: str) -> Path:
         """The file behind a stored path; NotFound when that leads out of the root, through links too."""
@@ -86,15 +106,54 @@ class ImageFiles:
         except FileNotFoundError as error:  # deleted in between
             raise _missing() from error
 
-    def _delete(self, file_path: str) -> bool:
+    def _each(self, action: Callable[[Path], None], file_paths: Sequence[str]) -> None:
+        for file_path in file_paths:
+            action(self.path(file_path))
+
+    def _set_aside(self, file_path: str) -> bool:
         try:
             path = self.path(file_path)
-        except NotFound:
+            if not os.path.isfile(path):
+                return False
+            os.replace(path, _aside(path))
+        except (NotFound, FileNotFoundError):
             return False
-        there = os.path.isfile(path)
-        if there:
+        return True
+
+    def _delete_aside(self, path: Path) -> None:
+        _aside(path).unlink(missing_ok=True)
+
+    def _move_back(self, path: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(_aside(path), path)
+
+    def _older_than(self, time_s: float) -> list[str]:
+        found = set()
+        for folder, _, names in os.walk(self.root):
+            for name in names:
+                path = Path(folder, name)
+                with contextlib.suppress(FileNotFoundError):
+                    if path.stat().st_mtime < time_s and (stored := self._looked_at(path)):
+                        found.add(stored.relative_to(self.root).as_posix())
+        return sorted(found)
+
+    def _looked_at(self, path: Path) -> Path | None:
+        """The stored file at ``path``; one that was set aside by a process that died comes back, a half one goes."""
+        if path.name.startswith(".") and path.name.endswith(_HALF):
             path.unlink(missing_ok=True)
-        return there
+            return None
+        stored = path
+        if path.name.startswith(".") and path.name.endswith(_ASIDE):
+            stored = path.with_name(path.name.removeprefix(".").removesuffix(_ASIDE))
+        if not _STORED.fullmatch(stored.relative_to(self.root).as_posix()):
+            return None
+        if stored != path:
+            self._move_back(stored)
+        return stored
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_ASIDE}")
 
 
 def _missing() -> NotFound:
@@ -103,7 +162,7 @@ def _missing() -> NotFound:
 
 def _write_atomically(target: Path, data: bytes) -> None:
     """Make ``target`` appear whole or not at all, also across a power failure."""
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".tmp")
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=_HALF)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)

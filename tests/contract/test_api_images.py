@@ -12,8 +12,10 @@ import httpx
 import pytest
 from PIL import Image as Pillow
 
+from serve_app.store.archive import ImageArchive
 from serve_app.store.records import utc_now
 from tests.contract.conftest import MakePlatform
+from tests.contract.graphql_client import SEND, Graph
 from tests.doubles import LocalPlatform
 from tests.pictures import animation, bomb, encoded, photo
 from tests.sse import Event, parse
@@ -163,6 +165,67 @@ async def test_an_expired_image_is_gone(make_platform: MakePlatform) -> None:
         assert (await api.get(url)).status_code == 200
         await platform.services.store.expire_images(utc_now() + timedelta(days=2))
         assert (await api.get(url)).status_code == 404
+
+
+async def test_an_image_whose_time_is_over_is_swept_from_message_and_disk(make_platform: MakePlatform) -> None:
+    platform = await make_platform(image_retention_days=1)
+    services = platform.services
+    async with platform.client() as api:
+        seen = await accepted(api, ("dot.png", encoded("PNG"), "image/png"))
+        conversation = seen[0].data["conversationId"]
+        later = ImageArchive(services.store, services.files, lambda: utc_now() + timedelta(days=2))
+        assert await services.archive.expire() == 0
+        assert await later.expire() == 1
+        assert files_of(platform) == []
+        assert (await api.get(seen[1].data["images"][0]["url"])).status_code == 404
+        # The conversation goes on without it.
+        answer = await api.post(STREAM, json={"message": "and now? [[tokens=1]]", "conversationId": conversation})
+        assert [event.name for event in parse(answer.text)] == ["session", None, "end"]
+    assert platform.backend.requests[-1].messages[0].images == ()
+
+
+def files_of(platform: LocalPlatform) -> list[str]:
+    return sorted(path.name for path in platform.services.files.root.rglob("*") if path.is_file())
+
+
+REFUSED: tuple[tuple[dict[str, str], int], ...] = (
+    ({"model": "nobody"}, 404),
+    ({"model": "org/name:tag"}, 422),
+    ({"contextPolicy": "error", "message": "long " * 100_001}, 422),
+    ({"options": '{"temperature": -1}'}, 422),
+    ({"conversationId": "nobody"}, 404),
+)
+
+
+@pytest.mark.parametrize(("fields", "status"), REFUSED)
+async def test_a_refused_message_leaves_no_file(
+    platform: LocalPlatform, api: httpx.AsyncClient, fields: dict[str, str], status: int
+) -> None:
+    parts: list[Any] = [(name, (None, value)) for name, value in ({"message": "look"} | fields).items()]
+    parts.append(("images", ("dot.png", encoded("PNG"), "image/png")))
+    assert (await api.post(STREAM, files=parts)).status_code == status
+    assert files_of(platform) == []
+    assert await platform.services.store.count_conversations() == 0
+
+
+async def test_a_message_refused_by_graphql_leaves_no_file(platform: LocalPlatform) -> None:
+    graph = Graph(platform)
+    await graph.create()
+    image = base64.b64encode(encoded("PNG")).decode()
+    wanted = {"conversationId": "c1", "message": "look", "images": [image], "model": "org/name:tag"}
+    sent = await graph.run(SEND, input=wanted)
+    assert sent["sendMessage"]["code"] == "CAPABILITY_MISSING"
+    assert files_of(platform) == []
+
+
+async def test_a_refused_message_costs_no_other_message_its_image(
+    platform: LocalPlatform, api: httpx.AsyncClient
+) -> None:
+    seen = await accepted(api, ("dot.png", encoded("PNG"), "image/png"))
+    parts: list[Any] = [("message", (None, "look")), ("model", (None, "nobody"))]
+    parts.append(("images", ("dot.png", encoded("PNG"), "image/png")))
+    assert (await api.post(STREAM, files=parts)).status_code == 404
+    assert (await api.get(seen[1].data["images"][0]["url"])).status_code == 200
 
 
 async def test_an_unknown_image_is_not_found(api: httpx.AsyncClient) -> None:

@@ -137,7 +137,7 @@ class Mutation(Commands):
         services = info.context.services
         conversation = await info.context.conversation(conversation_id, password, token)
         await services.sessions.terminate_all(conversation.id, TerminationReason.USER_REQUESTED)
-        await _delete_files(info.context, await services.store.delete_conversation(conversation.id))
+        await services.archive.drop(await services.store.delete_conversation(conversation.id))
         return DeleteConversationResponse(
             message="The conversation was deleted.", conversation_id=conversation.id, success=True
         )
@@ -153,7 +153,7 @@ class Mutation(Commands):
     ) -> DeleteMessagesResponse:
         conversation = await info.context.conversation(conversation_id, password, token)
         deleted, files = await info.context.services.store.delete_messages_after(conversation.id, message_id)
-        await _delete_files(info.context, files)
+        await info.context.services.archive.drop(files)
         return DeleteMessagesResponse(message=f"{deleted} messages were deleted.", deleted_count=deleted, success=True)
 
     @mutation("Proves access to a private conversation, for a token that proves it again.")
@@ -293,8 +293,3 @@ def _only(models: list[str]) -> str:
     if len(models) != 1:
         raise InvalidInput("There is no default model to warm up; name one with warmup(model).")
     return models[0]
-
-
-async def _delete_files(context: Context, paths: list[str]) -> None:
-    for path in paths:
-        await context.services.files.delete(path)

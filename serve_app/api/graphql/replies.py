@@ -6,6 +6,7 @@ from contextlib import aclosing
 
 from serve_app.api.graphql.context import Context
 from serve_app.api.graphql.inputs import MessageInput
+from serve_app.api.images import Received
 from serve_app.config import Settings
 from serve_app.domain import generation
 from serve_app.domain.conversation import Conversation
@@ -28,19 +29,25 @@ def _not_too_long(text: str, settings: Settings) -> str:
 
 async def start(context: Context, wanted: MessageInput) -> LiveReply:
     """Store the message and begin its reply. Raises what makes that impossible; then nothing was stored."""
-    conversation = await context.conversation(wanted.conversation_id, wanted.password, wanted.token)
-    return await context.services.sessions.start(await _new_reply(context, wanted, conversation))
-
-
-async def _new_reply(context: Context, wanted: MessageInput, conversation: Conversation) -> NewReply:
     services = context.services
+    conversation = await context.conversation(wanted.conversation_id, wanted.password, wanted.token)
     check = _not_too_long if wanted.images else checked_text
-    text = check(wanted.message, services.settings)
+    check(wanted.message, services.settings)
     options = wanted.options.checked() if wanted.options else generation.Options()
-    received = await services.intake.receive(wanted.images or [])
+    async with services.intake.receive(wanted.images or []) as received:
+        return await services.sessions.start(_new_reply(context, wanted, conversation, options, received))
+
+
+def _new_reply(
+    context: Context,
+    wanted: MessageInput,
+    conversation: Conversation,
+    options: generation.Options,
+    received: Received,
+) -> NewReply:
     return NewReply(
         conversation,
-        text,
+        wanted.message,
         model=wanted.model,
         system_prompt=wanted.system_prompt,
         uploads=received.uploads,

@@ -11,7 +11,7 @@ from PIL import ImageChops, PngImagePlugin
 
 from serve_app.api.pictures import Limits, clean, safe_filename
 from serve_app.domain.errors import InvalidInput, PayloadTooLarge, RotundaError, UnsupportedMedia
-from tests.pictures import animation, bomb, encoded, photo
+from tests.pictures import animation, bomb, encoded, huge_jpeg, photo, scan_bomb, text_bomb
 
 LIMITS = Limits(1_000_000, 10_000, ("image/png", "image/jpeg", "image/webp", "image/gif"), 4)
 SECRET = "TOP SECRET"
@@ -147,6 +147,9 @@ def test_an_animation_is_reduced_to_its_first_frame_and_says_so(data: bytes) -> 
         (photo("WEBP")[:-100], InvalidInput),
         (encoded("BMP"), UnsupportedMedia),
         (bomb(), PayloadTooLarge),
+        (huge_jpeg(), PayloadTooLarge),
+        (scan_bomb(), InvalidInput),
+        (text_bomb(), InvalidInput),
         (encoded("PNG", (200, 51)), PayloadTooLarge),
         (b"\0" * 1_000_001, PayloadTooLarge),
     ],
@@ -155,6 +158,24 @@ def test_refusals(data: bytes, error: type[RotundaError]) -> None:
     with pytest.raises(error) as caught:
         clean(data, "picture", LIMITS)
     assert caught.value.status < 500
+
+
+def test_a_progressive_jpeg_is_taken() -> None:
+    assert clean(photo("JPEG", progressive=True), "picture", LIMITS).media_type == "image/jpeg"
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_an_orientation_that_means_nothing_turns_nothing(orientation: object) -> None:
+    exif = Pillow.Exif()
+    exif[0x0112] = orientation
+    picture = Pillow.open(io.BytesIO(clean(encoded("JPEG", (32, 16), exif=exif), "picture", LIMITS).data))
+    assert picture.size == (32, 16) and not picture.getexif()
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0" + b"\xff" * 200])
+def test_broken_exif_costs_no_picture(exif: bytes) -> None:
+    result = clean(encoded("JPEG", (32, 16), exif=exif), "picture", LIMITS)
+    assert not Pillow.open(io.BytesIO(result.data)).getexif()
 
 
 def test_every_cut_of_a_good_file_is_refused_or_fine_but_never_a_fault() -> None:

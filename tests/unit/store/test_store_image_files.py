@@ -71,7 +71,7 @@ async def test_no_path_leads_out_of_the_folder(files: ImageFiles, tmp_path: Path
     for path in (file_path, f"{tmp_path}/outside.png"):
         with pytest.raises(NotFound):
             await files.read(path)
-        assert not await files.delete(path)
+        assert await files.set_aside([path]) == []
     assert (tmp_path / "outside.png").exists()
 
 
@@ -81,13 +81,46 @@ async def test_no_link_leads_out_of_the_folder(files: ImageFiles, tmp_path: Path
     (files.root / "link.png").symlink_to(tmp_path / "outside.png")
     with pytest.raises(NotFound):
         await files.read("link.png")
-    assert not await files.delete("link.png")
+    assert await files.set_aside(["link.png"]) == []
     assert (tmp_path / "outside.png").exists()
 
 
-async def test_a_deleted_image_is_gone(files: ImageFiles) -> None:
+async def test_a_file_that_is_set_aside_is_hidden_until_it_is_put_back_or_deleted(files: ImageFiles) -> None:
     saved = await files.save(DATA, "image/png")
-    assert await files.delete(saved.file_path)
-    assert not await files.delete(saved.file_path)
+    assert await files.set_aside([saved.file_path, "ab/nothing.png", "ab", ""]) == [saved.file_path]
     with pytest.raises(NotFound):
         await files.read(saved.file_path)
+    await files.put_back([saved.file_path])
+    assert await files.read(saved.file_path) == DATA
+    await files.set_aside([saved.file_path])
+    await files.delete_aside([saved.file_path])
+    await files.put_back([saved.file_path])
+    assert stored(files) == []
+
+
+async def test_a_file_that_is_saved_again_survives_the_deletion(files: ImageFiles) -> None:
+    saved = await files.save(DATA, "image/png")
+    await files.set_aside([saved.file_path])
+    await files.save(DATA, "image/png")
+    await files.delete_aside([saved.file_path])
+    assert stored(files) == [files.path(saved.file_path)]
+
+
+def make_old(path: Path) -> None:
+    os.utime(path, (1e9, 1e9))
+
+
+async def test_old_files_are_found_and_traces_of_interrupted_work_cleared(files: ImageFiles) -> None:
+    old, young, hidden = [(await files.save(data, "image/png")).file_path for data in (b"a", b"b", b"c")]
+    await files.set_aside([hidden])
+    half = files.root / "ab" / ".x1y2.tmp"
+    others = [files.root / "ab" / "mine.png", files.root / "notes.aside", files.root / "ab" / ".mine.png.aside"]
+    half.parent.mkdir(exist_ok=True)
+    for path in (half, *others):
+        path.write_bytes(b"x")
+    for path in files.root.rglob("*"):
+        if path != files.path(young) and path.is_file():
+            make_old(path)
+    assert await files.older_than(3600) == sorted([old, hidden])
+    assert await files.read(hidden) == b"c"
+    assert stored(files) == sorted([files.path(old), files.path(young), files.path(hidden), *others])
