@@ -6,9 +6,14 @@ import shutil
 from collections.abc import Iterator
 
 import httpx
+import hypothesis
 import pytest
 
 from tests.cluster import MODELS, Cluster, model_application, wait_until
+
+# A time limit per example would judge the machine.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
 
 LAST = ("tests/serve", "tests/e2e", "tests/conformance")
 

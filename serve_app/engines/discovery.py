@@ -145,6 +145,8 @@ class _Seen:
 class ModelStore:
     """A store that is looked at again and again, cheaply: only folders whose files changed are read.
 
+    :attr:`problem` says in plain words why the last look failed; None when it did not.
+
     Args:
         root: the store; it may come into being later.
         settle_s: a folder is offered once nothing in it has changed for so long. While a known model changes, what
@@ -153,6 +155,7 @@ class ModelStore:
 
     def __init__(self, root: Path, default_task: Task | None = None, settle_s: float = 2.0) -> None:
         self.root = root
+        self.problem: str | None = None
         self._default_task = default_task
         self._settle_s = settle_s
         self._seen: dict[Path, _Seen] = {}
@@ -164,14 +167,19 @@ class ModelStore:
     def scan(self, now: float) -> list[ModelInfo]:
         """The models that are complete or hopeless, and at rest. ``now``: seconds since the epoch.
 
-        A store that cannot be listed has no models; that is logged.
+        While the store cannot be listed, what was known stays offered: a file system that is away for a moment must
+        cost no model that is in memory.
         """
         try:
             folders = list_folders(self.root)
         except OSError as fault:
-            log.warning("the model store cannot be listed: %s", fault.strerror)
-            folders = []
-        self._seen = {folder.path: self._look(folder, now) for folder in folders}
+            problem = f"The model store {self.root} cannot be listed ({fault.strerror})."
+            if problem != self.problem:
+                log.warning(problem)
+            self.problem = problem
+        else:
+            self.problem = None
+            self._seen = {folder.path: self._look(folder, now) for folder in folders}
         return _one_per_id(seen.info for seen in self._seen.values() if seen.info)
 
     def _look(self, folder: Folder, now: float) -> _Seen:

@@ -365,6 +365,23 @@ def test_a_store_that_is_not_there_holds_nothing_until_it_comes(tmp_path: Path, 
     assert [info.id for info in store.scan(now=2e9)] == ["m"]
 
 
+def test_a_store_that_is_away_for_a_while_says_so_and_loses_no_model(tmp_path: Path, make_model: MakeModel) -> None:
+    make_model("store/m")
+    root = tmp_path / "store"
+    store = ModelStore(root)
+    before = store.scan(now=2e9)
+    assert [info.id for info in before] == ["m"] and store.problem is None
+    root.rename(tmp_path / "elsewhere")
+    assert store.scan(now=2e9 + 10) == before
+    assert store.problem == f"The model store {root} cannot be listed (No such file or directory)."
+    root.write_text("a file")
+    assert store.scan(now=2e9 + 20) == before
+    assert store.problem == f"The model store {root} cannot be listed (Not a directory)."
+    root.unlink()
+    (tmp_path / "elsewhere").rename(root)
+    assert store.scan(now=2e9 + 30) == before and store.problem is None
+
+
 def test_a_scan_reads_nothing_that_has_not_changed(
     tmp_path: Path, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
