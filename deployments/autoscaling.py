@@ -1,8 +1,8 @@
 """How many replicas a model runs: the policy that Serve's controller calls.
 
-The replicas report two figures in ``record_autoscaling_stats``: ``granted``, the most replicas the model may have right
-now (0 retires it), and ``floor``, how many it keeps without any request (1 while it is not idle for too long).
-The policy never raises (Serve has no guard around it) and imports nothing but the standard library.
+The replicas report one figure in ``record_autoscaling_stats``: ``granted``, the most replicas that the router allows
+the model right now (0 retires it). The policy never raises (Serve has no guard around it) and imports nothing but the
+standard library.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 SILENCE_S = 10.0
 """Without figures the present target stands for so long: nobody is ended by mistake after a crash of the controller."""
+CALM_S = 5.0
+"""Fewer replicas are run when fewer have been enough for so long."""
 
 
 def scale(ctx: Any) -> tuple[int, dict[str, Any]]:
@@ -21,17 +23,33 @@ def scale(ctx: Any) -> tuple[int, dict[str, Any]]:
         ctx: Serve's ``AutoscalingContext``.
 
     Returns:
-        The target, and the state kept for the next call (``quiet_since``: when the figures stopped).
+        The target, and the state kept for the next call: ``quiet_since``, when the figures stopped; ``calm_since`` and
+        ``enough``, since when how many replicas would have been enough.
     """
     requests = float(ctx.total_num_requests or 0)
     target_per_replica = float(getattr(ctx.config, "target_ongoing_requests", None) or 1)
     wanted = math.ceil(requests / target_per_replica)
     if ctx.current_num_replicas == 0:
         return _bounded(ctx, wanted), {}
-    granted, floor = _latest(ctx, "granted", min), _latest(ctx, "floor", max)
+    granted = _granted(ctx)
     if granted is None:
         return _without_figures(ctx, wanted)
-    return min(_bounded(ctx, max(wanted, int(floor or 0))), int(granted)), {}
+    if granted == 0:
+        return 0, {}
+    wanted, state = _calmed(ctx, _bounded(ctx, max(wanted, 1)))
+    return min(wanted, granted), state
+
+
+def _calmed(ctx: Any, wanted: int) -> tuple[int, dict[str, Any]]:
+    """``wanted``, or the present target as long as fewer have not been enough for ``CALM_S``."""
+    now, target = float(ctx.current_time or 0), int(ctx.target_num_replicas)
+    if wanted >= target:
+        return wanted, {}
+    before = ctx.policy_state or {}
+    since, enough = float(before.get("calm_since", now)), max(wanted, int(before.get("enough", wanted)))
+    if now - since >= CALM_S:
+        return enough, {}
+    return target, {"calm_since": since, "enough": enough}
 
 
 def _without_figures(ctx: Any, wanted: int) -> tuple[int, dict[str, Any]]:
@@ -47,9 +65,9 @@ def _bounded(ctx: Any, wanted: int) -> int:
     return max(low, min(high, wanted))
 
 
-def _latest(ctx: Any, name: str, reduce: Any) -> float | None:
-    """The last value that each running replica reported, reduced to one; None when no replica did."""
-    series_by_replica = (ctx.raw_metrics or {}).get(name) or {}
+def _granted(ctx: Any) -> int | None:
+    """The least that any running replica reported last; None when none did."""
+    series_by_replica = (ctx.raw_metrics or {}).get("granted") or {}
     values = [series[-1] for series in series_by_replica.values() if series]
     numbers = [float(getattr(value, "value", value)) for value in values]
-    return reduce(numbers) if numbers else None
+    return int(min(numbers)) if numbers else None

@@ -20,6 +20,8 @@ PROCESS_S = 8.0
 """An empty replica and the imports, on a machine of two cores (measured: 8 to 10 s)."""
 READ_BYTES_PER_S = 500e6
 """A guess at how fast weights come from the disk, until a load of the model was measured."""
+REMOTE_S = 5.0
+"""A guess at how long a remote server loads a model."""
 
 
 @lru_cache(maxsize=4096)
@@ -60,3 +62,9 @@ def parts_of(args: ModelArgs, info: ModelInfo | None) -> dict[str, Any]:
     """The need by part as JSON values; empty when it is not known."""
     need = need_of(args, info)
     return need.to_json() if need else {}
+
+
+def remote_model(entry: Entry, resides: bool) -> Model:
+    """A model of a remote provider; without ``resides`` its memory is the provider's own affair."""
+    size = entry.info.size_bytes if entry.info else None
+    return Model(entry.full_name, Resources(memory=size or 0), entry.provider, reload_s=REMOTE_S, resides=resides)

@@ -31,9 +31,11 @@ from serve_app.domain.errors import (
 )
 from serve_app.domain.fleet import FleetView
 from serve_app.domain.generation import Finish, GenerationRequest, Item
+from serve_app.domain.leasing import Orders, Report
 from serve_app.domain.rotation_view import HISTORY, RotationView
 from serve_app.domain.routing import Admission, Ask
 from serve_app.frames import Inbox, Mailbox, unpack
+from serve_app.leases import RouterAway
 from serve_app.telemetry.spans import SpanRow
 
 logger = logging.getLogger(__name__)
@@ -105,6 +107,9 @@ class RouterHandle:
     async def cancel(self, ticket: str) -> None:
         await self._call("cancel", ticket)
 
+    async def sync(self, report: Report) -> Orders:
+        return await self._call("sync", report)  # type: ignore[no-any-return]
+
     async def view(self) -> FleetView:
         return await self._call("view")  # type: ignore[no-any-return]
 
@@ -129,7 +134,7 @@ class RouterHandle:
                 answer = await getattr(self._handle, method).remote(*args)
         except Exception as error:
             logger.warning("the router did not answer %s: %r", method, error)
-            raise translate(error, "the router", "rotunda") from error
+            raise RouterAway("The router does not answer. Try again soon.", "rotunda") from error
         if isinstance(answer, Failure):
             raise error_from_dict(answer.error)
         return answer

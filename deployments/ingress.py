@@ -63,7 +63,7 @@ class Ingress:
         files = ImageFiles(settings.image_storage_path)
         owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         link, breakers = RouterHandle(router), Breakers(_rules(settings))
-        gateway = Gateway(link, ModelHandles(owner), _limits(settings), breakers=breakers)
+        gateway = Gateway(link, ModelHandles(owner), _limits(settings), breakers=breakers, holder=owner)
         key = await self._store.signing_key()
         access = Access(self._store, Passwords(), key, settings)
         self._sessions = Sessions(self._store, gateway, files, access.image_url, _session_limits(settings), owner)
@@ -73,6 +73,7 @@ class Ingress:
         loop = asyncio.get_running_loop()
         self._ticking = loop.create_task(self._sessions.tick())
         self._reporting = loop.create_task(forever(self._reporter.report, REPORT_S))
+        self._keeping = loop.create_task(gateway.leases.keep())
         self._services = Services(
             settings,
             self._store,
@@ -97,13 +98,15 @@ class Ingress:
         await self._sessions.close()
 
     async def check_health(self) -> None:
-        """Serve replaces the ingress when it no longer keeps its sessions."""
-        if self._ticking.done():
-            raise RuntimeError("the sessions' loop has ended") from self._ticking.exception()
+        """Serve replaces the ingress when it no longer keeps its sessions or its leases."""
+        for task in (self._ticking, self._keeping):
+            if task.done():
+                raise RuntimeError("a loop of the ingress has ended") from task.exception()
 
     async def __del__(self) -> None:
         await self._sessions.close()
         self._ticking.cancel()
+        self._keeping.cancel()
         self._reporting.cancel()
         await self._reporter.close()
         self._sweeping.cancel()
@@ -123,7 +126,7 @@ def _warn_of_slow_modes() -> None:
 def _limits(settings: Settings) -> Limits:
     backoff = Backoff(1 + settings.rotation_retry_attempts, settings.rotation_retry_delay_ms / 1000)
     return Limits(
-        load_s=settings.rotation_timeout_ms / 1000, total_s=settings.hf_model_timeout_ms / 1000, backoff=backoff
+        load_s=settings.hf_load_timeout_ms / 1000, total_s=settings.hf_model_timeout_ms / 1000, backoff=backoff
     )
 
 

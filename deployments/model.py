@@ -26,11 +26,12 @@ from serve_app.domain.embeddings import Embeddings
 from serve_app.domain.errors import CapabilityMissing, Internal, ModelNotFound, ReplicaRetired, RotundaError
 from serve_app.domain.fleet import Report, state_from_counters
 from serve_app.domain.generation import Accepted, GenerationRequest, Item
+from serve_app.domain.leasing import Permit
 from serve_app.engines import registry
 from serve_app.engines.base import Counters, Engine, EngineOptions
 from serve_app.engines.discovery import discover
 from serve_app.engines.embed import EmbeddingEngine
-from serve_app.engines.memory import gpu_bytes
+from serve_app.engines.memory import gpu_bytes, node_memory
 from serve_app.telemetry.figures import engine_figures, memory_figures
 from serve_app.telemetry.logs import set_up_logging
 from serve_app.telemetry.metrics import Metric
@@ -39,6 +40,10 @@ from serve_app.telemetry.recording import Load, generation
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.5
+ASK_S = 0.25
+"""How often a replica that may not load yet asks again."""
+ROUTERLESS_S = 30.0
+"""After so long without a router a replica loads all the same; what Ray reserved for it is its own."""
 
 
 class ModelReplica:
@@ -56,7 +61,10 @@ class ModelReplica:
         self._failure: RotundaError | None = None
         self._progress: float | None = None
         self._retired = False
-        self._pinned = False
+        self._permit = Permit(granted=1)
+        """What the router allowed last."""
+        self._first_epoch = 0
+        """Leases that are older were given for an earlier replica of the model."""
         self._reports = 0
         self._outboxes = Outboxes(args.model, self._settings.hf_stream_chunk_size)
         self._refused = 0
@@ -73,7 +81,28 @@ class ModelReplica:
             loop.create_task(forever(self._report, HEARTBEAT_S)),
             loop.create_task(forever(self._reporter.report, REPORT_S)),
         ]
-        await self._load()
+        if await self._may_load():
+            await self._load()
+
+    async def _may_load(self) -> bool:
+        """Ask the router before anything is imported: a call that came too late may have started this replica."""
+        asked_at = time.monotonic()
+        while True:
+            permit = await self._link.tell("may_load", self._link.application)
+            if permit is None and time.monotonic() - asked_at > ROUTERLESS_S:
+                logger.warning("%s loads without a permit: no router answers", self._args.model)
+                return True
+            if permit is not None and not permit.wait:
+                self._obey(permit)
+                self._first_epoch = permit.epoch
+                return not self._retired
+            await asyncio.sleep(ASK_S)
+
+    def _obey(self, permit: Permit) -> None:
+        """Do as the latest router says; one that was replaced is not heard any more."""
+        if permit.generation >= self._permit.generation:
+            self._permit = permit
+            self._retired = self._retired or permit.granted == 0
 
     async def _load(self) -> None:
         started = time.monotonic()
@@ -122,30 +151,31 @@ class ModelReplica:
 
     async def generate(self, request: GenerationRequest, epoch: int, ingress: str) -> AsyncIterator[bytes]:
         """Yield packed frames: this request's items and those of others of the same ``ingress`` (serve_app.frames)."""
-        async with aclosing(self._outboxes.carry(ingress, request.request_id, self._serve(request))) as frames:
+        items = self._serve(request, epoch)
+        async with aclosing(self._outboxes.carry(ingress, request.request_id, items)) as frames:
             async for frame in frames:
                 yield frame
 
     @answering
     async def embed(self, texts: tuple[str, ...], epoch: int, model: str) -> Embeddings:
         """One vector for each text; ``model`` is this one."""
-        engine = self._loaded()
+        engine = self._loaded(epoch)
         if not isinstance(engine, EmbeddingEngine):
             raise CapabilityMissing(f"{self._args.model} makes text, no embeddings.")
         with self._timed():
             return await engine.embed(texts)
 
-    async def _serve(self, request: GenerationRequest) -> AsyncGenerator[Item, None]:
+    async def _serve(self, request: GenerationRequest, epoch: int) -> AsyncGenerator[Item, None]:
         with generation(self._reporter.tracing, request, self._args.model) as request:
-            engine = self._loaded()
+            engine = self._loaded(epoch)
             with self._timed():
                 async with aclosing(engine.generate(request)) as items:
                     async for item in items:
                         yield replace(item, load=self._trace.carrier) if isinstance(item, Accepted) else item
 
-    def _loaded(self) -> Engine:
-        """The engine, or the reason why there is none for new requests."""
-        if self._retired:
+    def _loaded(self, epoch: int) -> Engine:
+        """The engine, or the reason why there is none for new requests under a lease of ``epoch``."""
+        if self._retired or epoch < self._first_epoch:
             raise ReplicaRetired(f"{self._args.model} is leaving memory.")
         if self._engine is None:
             self._refused += 1
@@ -162,23 +192,20 @@ class ModelReplica:
             self._busy_s += time.monotonic() - started
             self._last_used = time.time()
 
+    @answering
     async def warm(self) -> None:
         """Return once the model is loaded; calling it is what wakes a model that has no replica."""
         if self._failure is not None:
             raise self._failure
 
-    async def retire(self) -> None:
-        """Leave: running streams end, then the process does."""
-        self._retired = True
+    async def retire(self, epoch: int) -> None:
+        """Leave: running streams end, then the process does. ``epoch`` tells which router wants it."""
+        self._obey(Permit(granted=0, epoch=epoch))
         await self._report()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """The two figures of ``deployments.autoscaling``; Serve calls this every ``metrics_interval_s``."""
-        leaving = self._retired or self._failure is not None
-        return {
-            "granted": 0.0 if leaving else float(self._args.max_replicas),
-            "floor": float(not self._idle_too_long()),
-        }
+        """The figure of ``deployments.autoscaling``; Serve calls this every ``metrics_interval_s``."""
+        return {"granted": 0.0 if self._retired else float(self._permit.granted)}
 
     async def check_health(self) -> None:
         """Serve replaces the replica when the engine can no longer serve."""
@@ -193,24 +220,21 @@ class ModelReplica:
         await self._reporter.close()
         await self._link.tell("farewell", self._link.application, self._link.replica_id)
 
-    def _idle_too_long(self) -> bool:
-        counters = self._counters()
-        idle_s = 0.0 if counters.running or counters.waiting else time.time() - self._last_used
-        return not self._pinned and self._args.idle_unload_s is not None and idle_s > self._args.idle_unload_s
-
     def _counters(self) -> Counters:
         return self._engine.counters() if self._engine is not None else Counters(requests=self._refused)
 
     def _state(self, counters: Counters) -> ModelState:
+        if self._retired:
+            return ModelState.RETIRING
         if self._failure is not None:
             return ModelState.FAILED
         if self._engine is None:
             return ModelState.LOADING
-        return ModelState.RETIRING if self._retired else state_from_counters(counters.running, counters.waiting)
+        return state_from_counters(counters.running, counters.waiting)
 
     async def _report(self) -> None:
         """Tell the router; a router that is away hears the next report."""
-        memory_bytes = self._memory_bytes = await asyncio.to_thread(_resident_bytes)
+        self._memory_bytes, (node_used, node_total) = await asyncio.to_thread(_measure)
         # From here on without an await: the report must not be older than its number.
         self._reports += 1
         counters = self._counters()
@@ -232,17 +256,21 @@ class ModelReplica:
             completion_tokens=counters.completion_tokens,
             tokens_after_cancel=counters.tokens_after_cancel,
             busy_seconds=self._busy_s,
-            memory_bytes=memory_bytes,
+            memory_bytes=self._memory_bytes,
+            node_used=node_used,
+            node_total=node_total,
             loaded_at=self._loaded_at,
             last_used_at=self._last_used,
             number=self._reports,
         )
-        await self._link.tell("heartbeat", report)
+        permit = await self._link.tell("heartbeat", report)
+        if permit is not None and self._permit.epoch:
+            self._obey(permit)
 
 
-def _resident_bytes() -> int:
-    """Proportional set size of this process: pages shared with other processes count in part."""
-    return int(psutil.Process().memory_full_info().pss)
+def _measure() -> tuple[int, tuple[int, int]]:
+    """Proportional set size of this process (pages shared with others count in part), and the memory of its node."""
+    return int(psutil.Process().memory_full_info().pss), node_memory()
 
 
 def build(args: ModelArgs) -> Application:

@@ -20,8 +20,6 @@ from serve_app.providers import registry
 
 logger = logging.getLogger(__name__)
 
-UPSTREAM_BUILDER = "deployments.upstream:build"
-
 
 class Remotes:
     """The remote providers: those of ``serve_config.yaml``, of the platform file, and of the settings, in this order.
@@ -85,6 +83,24 @@ class Remotes:
             self._upstreams.status(name, args.kind, application, now)
             for name, (application, args, _) in self._providers().items()
         )
+
+    def problems(self, now: float) -> dict[str, str | None]:
+        """Why each provider cannot be reached; None for one that can."""
+        return {
+            name: self._upstreams.problem(application, now) for name, (application, _, _) in self._providers().items()
+        }
+
+    def budgets(self, now: float) -> dict[str, int | None]:
+        """The providers that say what is in their memory, each with the bytes that its models may fill, if limited."""
+        return {
+            name: args.budget_bytes
+            for name, (application, args, _) in self._providers().items()
+            if any(report.residents is not None for report in self._upstreams.of(application, now))
+        }
+
+    def reports(self, application: str, now: float) -> list[UpstreamReport]:
+        """The last reports of the replicas of a provider."""
+        return self._upstreams.of(application, now)
 
     def with_unlisted(self, catalogue: Catalogue, names: Iterable[str], now: float) -> Catalogue:
         """The catalogue with those models of ``names`` that only a provider that cannot be asked would know.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
@@ -23,13 +24,20 @@ from serve_app.domain.errors import DeadlineExceeded, InvalidInput, Phase, Provi
 from serve_app.domain.events import Loading, Queued, Switched
 from serve_app.domain.fleet import FleetView
 from serve_app.domain.generation import Accepted, Delta, Finish, GenerationRequest, Item, Timing
+from serve_app.domain.leasing import Orders, Report
 from serve_app.domain.rotation_view import HISTORY, RotationView
-from serve_app.domain.routing import Admission, Ask, Candidate, Granted, Route, Waiting
+from serve_app.domain.routing import Admission, Ask, Candidate, Granted, Lease, Route, Waiting
+from serve_app.leases import Leases, RouterAway
 from serve_app.telemetry.recording import Record
 from serve_app.telemetry.tracing import Trail
 from serve_app.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
+
+RETIRED_S = 0.1
+"""Pause after a replica said that it is leaving: the router may not have heard of it yet."""
+MOST_RETIREMENTS = 20
+"""So often a request may meet a model that is leaving; more of that is a fault."""
 
 
 class Router(Protocol):
@@ -39,6 +47,10 @@ class Router(Protocol):
 
     async def cancel(self, ticket: str) -> None:
         """Forget a ticket that was answered with :class:`Waiting`."""
+        ...
+
+    async def sync(self, report: Report) -> Orders:
+        """Which leases this gateway uses and gives up; the answer may take half a second to come."""
         ...
 
     async def view(self) -> FleetView: ...
@@ -109,6 +121,8 @@ class Gateway:
         limits: timeouts and retries.
         clock: monotonic seconds.
         breakers: which models and providers failed lately, as this gateway saw it.
+        holder: the name of this gateway, unique among all of them. Its :attr:`leases` must be kept
+            (:meth:`Leases.keep`) where there is a real router.
     """
 
     def __init__(
@@ -118,34 +132,39 @@ class Gateway:
         limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
         breakers: Breakers | None = None,
+        holder: str = "gateway",
     ) -> None:
         self.router = router
+        self.leases = Leases(router, holder, clock)
         self._breakers = breakers or Breakers()
         self._backend = backend
         self._limits = limits or Limits()
         self._clock = clock
-        self._leases: dict[tuple[Any, ...], tuple[float, Granted]] = {}
+        self._grants: dict[tuple[Any, ...], tuple[int, Granted]] = {}
+        """What was granted for which question, and of which catalogue; good as long as there is a lease on it."""
 
     async def admit(self, ask: Ask, trail: Trail | None = None) -> Admission:
-        """The router's answer, or a live lease's. Raises whatever makes the request impossible."""
+        """The router's answer; without a call when there is a live lease. Raises what makes the request impossible."""
         with (trail or Trail.quiet()).phase("gateway.admit"):
             return await self._admit(ask)
 
     async def _admit(self, ask: Ask) -> Admission:
         key = (ask.model, ask.needs, ask.fallbacks)
-        now = self._clock()
-        expires, granted = self._leases.get(key, (0.0, None))
-        if granted is not None and now < expires:
-            return granted
-        self._leases.pop(key, None)
-        admission = await self.router.admit(ask)
-        if isinstance(admission, Granted) and admission.route.first.resident:
-            self._leases[key] = (now + admission.lease.ttl_s, admission)
+        catalogue, granted = self._grants.get(key, (-1, None))
+        if granted is not None and catalogue == self.leases.catalogue:
+            lease = self.leases.use(granted.lease.model)
+            if lease is not None:
+                return replace(granted, lease=lease)
+        self._grants.pop(key, None)
+        admission = await self.leases.ask(ask)
+        if isinstance(admission, Granted) and not admission.route.passed_over:
+            self._grants[key] = (self.leases.catalogue, admission)
         return admission
 
     async def forget(self, ask: Ask, admission: Admission) -> None:
         """Give up a request that was admitted and will not be made; one that waits leaves the queue."""
         if isinstance(admission, Waiting):
+            self.leases.leave(ask.ticket)
             with suppress(RotundaError):  # a router that does not answer forgets those who no longer ask by itself
                 await self.router.cancel(ask.ticket)
 
@@ -167,7 +186,7 @@ class Gateway:
         with Record(trail or Trail.quiet(), request, self._clock) as record:
             admission = admission or await self.admit(ask, trail)
             with record.waiting():
-                async with aclosing(self._wait(ask, admission)) as news:
+                async with aclosing(self._wait(ask, admission, record)) as news:
                     async for item in news:
                         if isinstance(item, Granted):
                             granted = item
@@ -185,44 +204,74 @@ class Gateway:
         Raises:
             RotundaError: it cannot, also after the tries that the backoff allows.
         """
-        granted: Granted | None = None
-        async with aclosing(self._wait(ask, None)) as news:
-            async for item in news:
-                granted = item if isinstance(item, Granted) else granted
-        assert granted is not None
-        entry, failures = granted.route.first.entry, 0
+        ask, failures, left = replace(ask, fallbacks=(), alone=True), 0, 0
         while True:
+            granted: Granted | None = None
+            async with aclosing(self._wait(ask, None)) as news:
+                async for item in news:
+                    granted = item if isinstance(item, Granted) else granted
+            assert granted is not None
+            entry = granted.route.first.entry
             try:
                 async with asyncio.timeout(self._limits.total_s):
-                    return await self._backend.embed(entry, texts, granted.lease.epoch)
+                    async with self.leases.calling(entry.full_name):
+                        return await self._backend.embed(entry, texts, self._lease_on(entry).epoch)
             except TimeoutError:
                 raise DeadlineExceeded.during("total", self._limits.total_s, entry.provider) from None
             except RotundaError as error:
-                self._leases.clear()
-                failures += 1
-                delay = self._limits.backoff.delay_s(failures, random.random) if error.retryable else None
+                self.leases.drop(entry.full_name)
+                left += isinstance(error, ReplicaRetired)
+                failures += not isinstance(error, ReplicaRetired) or left > MOST_RETIREMENTS
+                delay = self._delay_s(error, failures)
                 if delay is None:
                     raise
-                failure = error
             await asyncio.sleep(delay)
-            granted = await self._again(ask, granted, failure)
 
-    async def _wait(self, ask: Ask, admission: Admission | None) -> AsyncGenerator[Queued | Loading | Granted, None]:
+    async def _wait(
+        self, ask: Ask, admission: Admission | None, record: Record | None = None
+    ) -> AsyncGenerator[Queued | Loading | Granted, None]:
         """Admit: yield what the client may know while it waits, and at last the grant."""
         current = admission or await self.admit(ask)
         told: Queued | Loading | None = None
+        loading_since: float | None = None
         try:
             while isinstance(current, Waiting):
-                news = Queued(current.position, current.reason, current.eta_ms)
+                news = _news(current)
+                if isinstance(news, Loading):
+                    loading_since = loading_since or self._clock()
                 if news != told:
                     yield news
                     told = news
-                await asyncio.sleep(current.retry_in_s)
+                await self.leases.news(ask.ticket, current.retry_in_s)
                 current = await self.admit(ask)
         except (asyncio.CancelledError, GeneratorExit):
             await self.forget(ask, current)
             raise
+        if loading_since is not None and record is not None:
+            record.loaded(self._clock() - loading_since)
         yield current
+
+    async def _secure(self, ask: Ask, candidate: Candidate, record: Record) -> AsyncGenerator[Queued | Loading, None]:
+        """See to it that there is a lease on a candidate, which may take until it is loaded."""
+        if self.leases.live(candidate.entry.full_name) is not None:
+            return
+        ticket = f"{ask.ticket}-{secrets.token_hex(4)}"
+        again = replace(ask, ticket=ticket, model=candidate.entry.full_name, fallbacks=(), alone=True)
+        async with aclosing(self._wait(again, None, record)) as news:
+            async for item in news:
+                if not isinstance(item, Granted):
+                    yield item
+
+    def _lease_on(self, entry: Entry) -> Lease:
+        """The lease under which a model is called now. Nothing may come between this and the call.
+
+        Raises:
+            ReplicaRetired: it has been revoked meanwhile.
+        """
+        lease = self.leases.live(entry.full_name)
+        if lease is None:
+            raise ReplicaRetired(f"The lease on {entry.id} has ended.")
+        return lease
 
     async def _route(
         self, ask: Ask, granted: Granted, request: GenerationRequest, record: Record
@@ -235,19 +284,23 @@ class Gateway:
         if detour is not None:
             yield detour
         for rank, candidate in enumerate(candidates):
-            failures = 0
+            failures = left = 0
             while True:
                 yield Routed(candidate)
                 self._breakers.tried(candidate.entry, self._clock())
                 try:
+                    async with aclosing(self._secure(ask, candidate, record)) as news:
+                        async for item in news:
+                            yield item
                     with record.attempt(candidate):
-                        async with aclosing(self._stream(candidate, granted, request, record)) as steps:
+                        async with aclosing(self._stream(candidate, request, record)) as steps:
                             async for step in steps:
                                 yield step
                     self._breakers.succeeded(candidate.entry)
                     return
                 except RotundaError as error:
-                    failures += 1
+                    left += isinstance(error, ReplicaRetired)
+                    failures += not isinstance(error, ReplicaRetired) or left > MOST_RETIREMENTS
                     delay = self._failed(candidate, error, failures)
                     last = delay is None and rank + 1 == len(candidates)
                     if record.first is not None or isinstance(error, InvalidInput) or last:
@@ -262,34 +315,33 @@ class Gateway:
                     break
                 with record.backing_off():
                     await asyncio.sleep(delay)
-                    granted = await self._again(ask, granted, failure)
 
     def _failed(self, candidate: Candidate, error: RotundaError, failures: int) -> float | None:
         """Record a failed attempt; the seconds until the next one on the same candidate, None for no more."""
-        self._leases.clear()
+        self.leases.drop(candidate.entry.full_name)
         error.provider = error.provider or candidate.entry.provider
         now = self._clock()
-        self._breakers.failed(candidate.entry, error, now)
-        if not error.retryable or self._breakers.state(candidate.entry, now) is Circuit.OPEN:
+        if not isinstance(error, RouterAway):
+            self._breakers.failed(candidate.entry, error, now)
+        if self._breakers.state(candidate.entry, now) is Circuit.OPEN:
             return None
-        return self._limits.backoff.delay_s(failures, random.random)
+        return self._delay_s(error, failures)
 
-    async def _again(self, ask: Ask, granted: Granted, failure: RotundaError) -> Granted:
-        """A retired replica's lease is void: ask the router for a new one."""
-        if not isinstance(failure, ReplicaRetired):
-            return granted
-        admission = await self.admit(ask)
-        return admission if isinstance(admission, Granted) else granted
+    def _delay_s(self, error: RotundaError, failures: int) -> float | None:
+        """Seconds until the next try. A model that has left meanwhile is no failure: the router is asked anew."""
+        if isinstance(error, ReplicaRetired) and not failures:
+            return RETIRED_S
+        return self._limits.backoff.delay_s(failures, random.random) if error.retryable else None
 
     async def _stream(
-        self, candidate: Candidate, granted: Granted, request: GenerationRequest, record: Record
+        self, candidate: Candidate, request: GenerationRequest, record: Record
     ) -> AsyncGenerator[Step, None]:
         """Stream one candidate's items, each within its time, and record when they came."""
         if not candidate.resident:
             yield Loading(candidate.name)
         request = replace(request, model=candidate.entry.id, trace=record.carrier)
-        stream = self._backend.stream(candidate.entry, request, granted.lease.epoch)
-        async with aclosing(stream) as items, _watchdog() as dog:
+        stream = self._backend.stream(candidate.entry, request, self._lease_on(candidate.entry).epoch)
+        async with aclosing(stream) as items, _watchdog() as dog, self.leases.calling(candidate.entry.full_name):
             phase: Phase = "load"
             while True:
                 item = await self._next(items, dog, phase, record, candidate.entry.provider)
@@ -310,7 +362,7 @@ class Gateway:
         self, items: AsyncIterator[Item], dog: Watchdog, phase: Phase, record: Record, provider: str
     ) -> Item:
         limit = {"load": self._limits.load_s, "first token": self._limits.first_token_s}.get(phase, self._limits.idle_s)
-        left = record.started + self._limits.total_s - self._clock()
+        left = (record.admitted or record.started) + self._limits.total_s - self._clock()
         try:
             return await dog.wait(anext(items), min(limit, left))
         except TimeoutError:
@@ -319,6 +371,13 @@ class Gateway:
             raise DeadlineExceeded.during(phase, limit, provider) from None
         except StopAsyncIteration:
             raise ProviderError("The model's answer broke off without an end. Try again.", provider, True) from None
+
+
+def _news(waiting: Waiting) -> Queued | Loading:
+    """What a client is told of its place."""
+    if waiting.loading is not None:
+        return Loading(waiting.loading, waiting.evicting)
+    return Queued(waiting.position, waiting.reason, waiting.eta_ms)
 
 
 def _detour(route: Route, first: Candidate) -> Switched | None:

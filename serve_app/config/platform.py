@@ -55,6 +55,8 @@ class Platform(Args):
     """Caps on what the models may use."""
     max_deployed: int = Field(default=32, ge=1, le=1000)
     """Most discovered models that keep a Serve application; the coldest one goes first."""
+    keep_deployed_s: float = Field(default=120, ge=0, le=86_400)
+    """How long a discovered model keeps its Serve application when it is not in memory."""
     providers: tuple[ProviderArgs, ...] = ()
     """Remote providers."""
     aliases: dict[str, str] = Field(default_factory=dict)

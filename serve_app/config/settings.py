@@ -80,6 +80,9 @@ class Settings(BaseModel):
         low=100,
         high=DAY_MS,
     )
+    hf_load_timeout_ms: int = setting(
+        MODELS, 120_000, "Longest time for one load of a model.", unit="ms", wrong="0", low=100, high=DAY_MS
+    )
     hf_stream_chunk_size: int = setting(
         MODELS,
         32,
@@ -148,7 +151,14 @@ class Settings(BaseModel):
         high=10_000,
     )
     rotation_timeout_ms: int = setting(
-        ROTATION, 120_000, "Longest wait of a request for its model.", unit="ms", wrong="0", low=100, high=DAY_MS
+        ROTATION,
+        120_000,
+        "How long a request waits for its model before busy models must make room for it; it ends when another load "
+        "would have been over by then.",
+        unit="ms",
+        wrong="0",
+        low=100,
+        high=DAY_MS,
     )
     rotation_retry_attempts: int = setting(
         ROTATION, 3, "How often a failed load is tried again when it may heal by itself.", wrong="2.5", low=0, high=20
@@ -156,7 +166,7 @@ class Settings(BaseModel):
     rotation_retry_delay_ms: int = setting(
         ROTATION,
         1_000,
-        "First delay before such a try; it doubles each time, with jitter.",
+        "First delay before such a try; it doubles each time.",
         unit="ms",
         wrong="-5",
         low=1,

@@ -79,7 +79,8 @@ class Admissions:
         state, limits = self._state, self._state.limits
         for ticket in list(state.line.tickets.values()):
             waited = state.now - ticket.asked_at
-            if limits.ticket_ttl_s is not None and state.now - ticket.touched_at > limits.ticket_ttl_s:
+            asked_after = ticket.request.lease  # what only warms a model waits for nobody
+            if asked_after and limits.ticket_ttl_s is not None and state.now - ticket.touched_at > limits.ticket_ttl_s:
                 self.cancel(ticket.id, "nobody asked after it any more")
             elif waited >= limits.max_wait_s + limits.load_timeout_s:
                 self._leave(ticket)

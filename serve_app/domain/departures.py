@@ -60,7 +60,7 @@ class Departures:
             if retirement is None or retirement.sent:
                 continue
             resident.drop_expired(state.now)
-            if resident.leases:
+            if resident.leases or state.now < resident.fresh_until(state.limits.fresh_s):
                 continue
             if resident.busy(state.now) and not retirement.drain:
                 state.residency.pending.pop(retirement.wanted_by or "", None)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from serve_app.domain.catalog import RESIDENT, Catalogue, Entry, ModelState
+from serve_app.domain.routing import FleetState
 
 REPORT_TTL_S = 5.0
 """A replica that has said nothing for so long is taken for gone."""
@@ -35,6 +36,9 @@ class Report:
     busy_seconds: float = 0.0
     """Sum over the finished requests of the time from request to last token."""
     memory_bytes: int | None = None
+    node_used: int = 0
+    node_total: int = 0
+    """Memory of its node that is in use by whomever, and all of it, in bytes; 0 when it was not measured."""
     loaded_at: float | None = None
     last_used_at: float | None = None
     number: int = 0
@@ -215,10 +219,12 @@ class Fleet:
         pinned: frozenset[str] = frozenset(),
         providers: tuple[ProviderStatus, ...] = (),
         notes: tuple[str, ...] = (),
+        states: FleetState | None = None,
     ) -> FleetView:
+        """The fleet at ``now``; ``states`` knows better than the reports in which state each model is."""
         models = []
         for entry in catalogue.entries:
-            state, reason = self.state_of(entry, now)
+            state, reason = (states or self.at(now)).state_of(entry)
             reports = self.of(entry.unit, now)
             name = catalogue.name_of(entry)
             models.append(ModelStatus(entry, name, state, reports, entry.full_name in pinned, reason))

@@ -50,19 +50,26 @@ class Row:
         return self.demand != before
 
     def learned(self) -> dict[str, Any]:
-        """What a later router should know, as JSON values; :meth:`recall` reads it back."""
+        """What a later router should know, as JSON values; :meth:`recall` reads it back. Empty: nothing was learned."""
+        if not self.measured and self.failure is None and self.pinned == self.model.pinned:
+            return {}
         failure = asdict(self.failure) if self.failure else None
         return {
             "revision": self.model.revision,
             "pinned": self.pinned,
+            "declaredPin": self.model.pinned,
             "measured": self.measured,
             "reloadS": self.reload_s,
             "failure": failure,
         }
 
     def recall(self, learned: Mapping[str, Any]) -> None:
-        """Take over what an earlier router had learned; sizes and failures only of the same revision."""
-        self.pinned = bool(learned["pinned"])
+        """Take over what an earlier router had learned: sizes and failures of the same revision, and the pin unless
+        what is declared of it has changed since."""
+        if not learned:
+            return
+        if learned.get("declaredPin", self.model.pinned) == self.model.pinned:
+            self.pinned = bool(learned["pinned"])
         if learned["revision"] == self.model.revision:
             self.measure(learned["measured"])
             self.reload_s = learned["reloadS"]
@@ -128,6 +135,10 @@ class Resident:
     def busy(self, now: float) -> bool:
         """Whether requests run, or have been let in so lately that no heartbeat could tell."""
         return now < self.used_until or self.running > 0
+
+    def fresh_until(self, fresh_s: float) -> float:
+        """Until when it is too new to be told to leave."""
+        return float("-inf") if self.loaded_at is None else self.loaded_at + fresh_s
 
     def drop_expired(self, now: float) -> None:
         self.leases = {holder: until for holder, until in self.leases.items() if until > now}

@@ -176,7 +176,7 @@ class Rotation:
         times = [state.barrier_until] if state.waits_for_news else []
         for resident in state.residency.residents.values():
             if resident.leaving:
-                times += resident.leases.values()
+                times += [*resident.leases.values(), resident.fresh_until(limits.fresh_s)]
             elif resident.loading:
                 times.append(resident.since + limits.load_timeout_s)
             elif state.line.groups:
@@ -238,7 +238,7 @@ class Rotation:
     def _unload(self, event: Unload) -> None:
         resident = self._state.residency.residents.get(event.model)
         if resident is not None and not resident.leaving:
-            self._departures.begin(resident, "an operator unloaded it", drain=True)
+            self._departures.begin(resident, event.reason, drain=True)
 
     def _pin(self, event: Pin) -> None:
         row = self._state.residency.rows.get(event.model)

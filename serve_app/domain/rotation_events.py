@@ -51,9 +51,10 @@ class Limits:
 
     ``max_wait_s`` is when a waiting request makes busy models drain; ``load_timeout_s`` is what a load may take, and
     what a request may wait on top of ``max_wait_s`` while something is done for it. ``settle_s`` is how long a model
-    counts as busy after a grant, until heartbeats tell. ``barrier_s`` after the start nothing is loaded or evicted.
-    ``silence_s``: a replica that has said nothing for so long is taken for gone. ``ticket_ttl_s``: so is a request
-    that nobody asked after.
+    counts as busy after a grant, until heartbeats tell. ``fresh_s`` after its load no replica is told to leave: whoever
+    runs it still counts the requests that waited for it, and would start it anew. ``barrier_s`` after the start nothing
+    is loaded or evicted. ``silence_s``: a replica that has said nothing for so long is taken for gone.
+    ``ticket_ttl_s``: so is a request that nobody asked after.
     """
 
     enabled: bool = True
@@ -67,6 +68,7 @@ class Limits:
     lease_slack_s: float = 0.25
     min_residency_s: float = 10.0
     settle_s: float = 0.5
+    fresh_s: float = 0.0
     barrier_s: float = 3.0
     silence_s: float | None = 5.0
     ticket_ttl_s: float | None = None
@@ -214,9 +216,10 @@ class ScaleOut:
 
 @dataclass(frozen=True, slots=True)
 class Unload:
-    """An operator wants the model out of memory; running streams end first."""
+    """Somebody wants the model out of memory; running streams end first."""
 
     model: str
+    reason: str = "an operator unloaded it"
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,8 @@ class State:
     """Pools that cannot be reached, and why."""
     effects: list[Effect] = field(default_factory=list)
     history: deque[Decision] = field(default_factory=deque)
+    noted: int = 0
+    """Counts the decisions ever written into the history."""
     stirred: bool = False
     _epochs: int = 0
 
@@ -53,6 +55,7 @@ class State:
     ) -> None:
         """Write a decision into the history."""
         self.history.append(Decision(self.now, action, model, reason, victims, duration_s, caller, times))
+        self.noted += 1
         while len(self.history) > self.limits.history:
             self.history.popleft()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from serve_app.domain.catalog import ModelState
@@ -125,7 +125,8 @@ class FailureView:
 @dataclass(frozen=True, slots=True)
 class RotationView:
     """``history`` is oldest first. ``enabled`` False: nothing leaves memory for another model. ``removed`` are the
-    models that an operator took out of the pool."""
+    models that an operator took out of the pool. ``counts``: how often each kind of warning was given, among them
+    memory_warning, memory_cleanup, memory_critical and load_failed."""
 
     nodes: tuple[NodeView, ...] = ()
     residents: tuple[ResidentView, ...] = ()
@@ -135,6 +136,7 @@ class RotationView:
     enabled: bool = True
     policy: str = ""
     removed: tuple[str, ...] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -146,6 +148,7 @@ class RotationView:
             "history": [decision.to_json() for decision in self.history],
             "failures": [failure.to_json() for failure in self.failures],
             "removed": list(self.removed),
+            "counts": dict(self.counts),
         }
 
 
@@ -154,7 +157,12 @@ Naming = Callable[[str], str]
 
 
 def view_of(
-    rotation: Rotation, now: float, name_of: Naming = str, history: int = HISTORY, removed: tuple[str, ...] = ()
+    rotation: Rotation,
+    now: float,
+    name_of: Naming = str,
+    history: int = HISTORY,
+    removed: tuple[str, ...] = (),
+    counts: Mapping[str, int] | None = None,
 ) -> RotationView:
     """The rotation as it stands at ``now``, with the last ``history`` decisions."""
     state = rotation.state
@@ -170,6 +178,7 @@ def view_of(
         enabled=state.limits.enabled,
         policy=state.policy.name,
         removed=tuple(name_of(name) for name in removed),
+        counts=counts or {},
     )
 
 

@@ -22,7 +22,9 @@ from serve_app.domain.generation import Priority
 class Ask:
     """What the gateway wants to know: may this request run, and where?
 
-    ``model`` None means the default. ``needs`` are capabilities that the request cannot do without.
+    ``model`` None means the default. ``needs`` are capabilities that the request cannot do without. ``holder`` is the
+    gateway that asks, and will hold the lease; ``waited_s`` is how long the request has waited already. ``alone``: no
+    other model will do, not even one that is configured as a fallback.
     """
 
     ticket: str
@@ -31,6 +33,9 @@ class Ask:
     fallbacks: tuple[str, ...] = ()
     priority: Priority = Priority.HIGH
     caller: str = "anonymous"
+    holder: str = ""
+    waited_s: float = 0.0
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +84,10 @@ class Granted:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """Not yet: ask again with the same ticket after ``retry_in_s`` seconds."""
+    """Not yet: ask again with the same ticket when there is news, and after ``retry_in_s`` seconds at the latest.
+
+    ``loading`` names the model from the moment that room is being made for it, ``evicting`` those that leave.
+    """
 
     ticket: str
     route: Route

@@ -121,3 +121,18 @@ class Upstreams:
         for entry in entries:
             if entry.application == application:
                 yield from (report.of(entry) for report in reports)
+
+
+def resident_reports(reports: Iterable[UpstreamReport], entry: Entry) -> Report | None:
+    """What the replicas of a provider say together of a model in its server's memory; None when it is not there.
+
+    The server is one, however many replicas forward to it.
+    """
+    known = [report for report in reports if report.residents is not None]
+    if not any(entry.id in (report.residents or {}) for report in known):
+        return None
+    each = [report.of(entry) for report in known]
+    running = sum(report.running for report in each)
+    memory = max((report.memory_bytes or 0 for report in each), default=0)
+    state = ModelState.BUSY if running else ModelState.READY
+    return Report(entry.unit, entry.application, state, running=running, memory_bytes=memory)

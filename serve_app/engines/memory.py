@@ -9,6 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from serve_app.domain.catalog import ModelInfo
 from serve_app.domain.errors import ModelLoadFailed
 from serve_app.engines.base import EngineOptions
@@ -20,6 +22,8 @@ PROCESS_BYTES = 350 * 1024 * 1024
 DEFAULT_CONTEXT = 2048
 KV_TOKENS = 32_768
 """Tokens that all requests of a replica hold together, where neither one context nor the settings need more."""
+CGROUPS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory"))
+"""Where versions 2 and 1 of cgroups show what the container of this process may use."""
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -37,6 +41,39 @@ class MemoryNeed:
 
     def to_json(self) -> dict[str, int]:
         return {"weights": self.weights, "kvCache": self.kv_cache, "process": self.process, "total": self.total}
+
+
+def node_memory() -> tuple[int, int]:
+    """Bytes in use, and bytes that there are, on this machine or in the container that this process runs in.
+
+    What can be given back at once (caches) does not count as in use.
+    """
+    machine = psutil.virtual_memory()
+    used, total = machine.total - machine.available, machine.total
+    limit, charged = _cgroup("memory.max", "memory.limit_in_bytes"), _cgroup("memory.current", "memory.usage_in_bytes")
+    if limit is None or charged is None or limit >= total:
+        return used, total
+    return max(0, charged - _inactive_file()), limit
+
+
+def _cgroup(*names: str) -> int | None:
+    """A number of the container's memory controller, by its names in versions 2 and 1 of cgroups."""
+    for folder, name in zip(CGROUPS, names, strict=True):
+        try:
+            return int((folder / name).read_text(encoding="ascii"))
+        except (OSError, ValueError):  # no such version, or no limit ("max")
+            continue
+    return None
+
+
+def _inactive_file() -> int:
+    for folder, name in zip(CGROUPS, ("inactive_file", "total_inactive_file"), strict=True):
+        try:
+            lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        except OSError:
+            continue
+        return next((int(line.split()[1]) for line in lines if line.startswith(f"{name} ")), 0)
+    return 0
 
 
 def extra(options: EngineOptions, name: str, default: Any) -> Any:

@@ -26,6 +26,7 @@ class Script:
     fail_at: int | None = None
     error: str | None = None
     hang_at: int | None = None
+    hold_mb: int | None = None
     continues: str = "text"
     text: str | None = None
     load_s: float = 0.0
@@ -43,7 +44,7 @@ def read_setting(name: str, value: object) -> Any:
     Raises:
         ValueError: no such setting, or not a value for it.
     """
-    if name in ("tokens", "fail_at", "hang_at"):
+    if name in ("tokens", "fail_at", "hang_at", "hold_mb"):
         return _at_least_zero(int(str(value)))
     if name in ("ttft", "pace", "load_s"):
         return _at_least_zero(float(str(value)))

@@ -33,6 +33,7 @@ setting      meaning                                                    default
              the request before it is accepted                          none
 ``error``    the code of the failure                                    GENERATION_FAILED
 ``hang_at``  stop for ever after so many tokens                         none
+``hold_mb``  mebibytes that the engine holds from now on                as before
 ``text``     the reply (extra only)                                     none
 ``load_s``   seconds that loading takes (extra only)                    0
 ``load_error``  the code with which loading fails (extra only)          none
@@ -113,6 +114,8 @@ class ScriptedEngine:
         self._line: Line[_Run] = Line()
         self._waits: set[asyncio.Future[None]] = set()
         self._closed = False
+        self._held = b""
+        """Memory that a script wants in use."""
 
     @property
     def info(self) -> ModelInfo:
@@ -148,6 +151,8 @@ class ScriptedEngine:
             script = read_directives(self._script, request.messages[-1])
             run.request = request = self._resumed(script, request)
             self._check(script, request)
+            if script.hold_mb is not None:
+                self._held = b"\1" * (script.hold_mb * 2**20)
             fitted = self._fit(request)
             yield Accepted(count_tokens(fitted.prompt), fitted.dropped, self._info.revision or None)
             await self._take_slot(run)

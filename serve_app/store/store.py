@@ -9,12 +9,13 @@ from serve_app.store import migrate
 from serve_app.store.conversations import Conversations
 from serve_app.store.engine import Database, parse_url, sqlite_file, whole
 from serve_app.store.files import Images
+from serve_app.store.fleet import FleetMemory
 from serve_app.store.messages import Messages
 from serve_app.store.security import Security
 from serve_app.store.sessions import Sessions
 
 
-class Store(Conversations, Messages, Images, Sessions, Security):
+class Store(Conversations, Messages, Images, Sessions, Security, FleetMemory):
     """One database, open. ``Store.open(url)`` makes one; ``close()`` it in the event loop that opened it.
 
     Every method is one transaction. Each raises ProviderUnavailable (worth another try) when the database cannot be

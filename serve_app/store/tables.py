@@ -215,3 +215,11 @@ password_attempts = Table(
     Index("ix_password_attempts_who", "conversation_id", "address", "attempted_at"),
     Index("ix_password_attempts_when", "attempted_at"),
 )
+
+fleet_memory = Table(
+    "fleet_memory",
+    metadata,
+    Column("key", CleanText, primary_key=True),
+    Column("value", CleanText, nullable=False),
+    Column("updated_at", UtcDateTime, nullable=False),
+)

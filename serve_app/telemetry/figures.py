@@ -92,6 +92,8 @@ def rotation_figures(view: RotationView) -> Iterator[Metric]:
     yield gauge("rotunda_model_memory_declared_bytes", "Memory that is counted for a model.", declared)
     free: dict[Labels, float] = {(("place", node.name),): node.free.memory for node in view.nodes}
     yield gauge("rotunda_room_free_bytes", "Memory that models may still be given, by place.", free)
+    warned: dict[Labels, float] = {(("kind", kind),): float(count) for kind, count in view.counts.items()}
+    yield counter("rotunda_rotation_warnings", "Failed loads, and thresholds of memory that were crossed.", warned)
 
 
 def thresholds(levels: Mapping[str, float]) -> Metric:

@@ -41,9 +41,10 @@ class Record:
         """Of the present attempt."""
         self._clock = clock
         self._request = request
-        self._admitted: float | None = None
+        self.admitted: float | None = None
+        """When the router granted the request."""
         self._called, self._called_ns = self.started, time.time_ns()
-        self._load_s = 0.0
+        self._load_s = self._queue_load_s = 0.0
         self._waited = self._loading = False
         self._wait: Trail | None = None
         self._about: dict[str, AttributeValue | None] = {}
@@ -65,7 +66,7 @@ class Record:
             with self.trail.phase("rotation.wait") as self._wait:
                 yield
         finally:
-            self._admitted = self._clock()
+            self.admitted = self._clock()
 
     def heard(self, news: Queued | Loading) -> None:
         """What the request waits for."""
@@ -76,6 +77,12 @@ class Record:
             self._wait.note({semconv.POSITION: news.position, semconv.REASON: news.reason})
         else:
             self._wait.note({semconv.EVICTING: list(news.evicting) or None})
+
+    def loaded(self, seconds: float) -> None:
+        """The request waited for so long until its model was in memory."""
+        self._load_s += seconds
+        if self.admitted is None:
+            self._queue_load_s += seconds
 
     def chosen(self, candidates: tuple[Candidate, ...]) -> None:
         """The models that will be tried, in this order: the reply begins."""
@@ -135,7 +142,7 @@ class Record:
     def accepted(self, item: Accepted) -> None:
         """The model has taken the prompt; one that was not in memory before is now."""
         self._waited = self._waited or self._loading
-        self._load_s = self._clock() - self._called if self._loading else 0.0
+        self._load_s += self._clock() - self._called if self._loading else 0.0
         self._loaded()
         load = from_carrier(item.load) if self._waited else None
         if load is not None:
@@ -155,7 +162,7 @@ class Record:
         """Where the time went, up to now."""
         now = self._clock()
         engine_queue = self._finish.timing.queue_s if self._finish else 0.0
-        waited = (self._admitted or now) - self.started
+        waited = max(0.0, (self.admitted or now) - self.started - self._queue_load_s)
         return Timing(
             queued_s=waited + engine_queue,
             load_s=self._load_s,

@@ -21,6 +21,8 @@ from serve_app.domain.errors import (
 from serve_app.domain.events import Loading, Queued, Switched
 from serve_app.domain.fleet import FleetView
 from serve_app.domain.generation import Accepted, Delta, Finish, FinishReason, GenerationRequest, Item, Message, Usage
+from serve_app.domain.leasing import Orders
+from serve_app.domain.leasing import Report as HolderReport
 from serve_app.domain.rotation_view import HISTORY, RotationView
 from serve_app.domain.routing import Admission, Ask, Candidate, Granted, Lease, Route, Waiting
 from serve_app.gateway import Completed, Gateway, Limits, Step
@@ -79,10 +81,15 @@ class ScriptedRouter:
 
     async def admit(self, ask: Ask) -> Admission:
         self.asked += 1
+        if ask.alone:  # another candidate is about to be called, and needs a lease of its own
+            return granted(str(ask.model).removeprefix("huggingface/"))
         return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
 
     async def cancel(self, ticket: str) -> None:
         self.cancelled.append(ticket)
+
+    async def sync(self, report: HolderReport) -> Orders:
+        return Orders()
 
     async def view(self) -> FleetView:
         return FleetView()
@@ -100,7 +107,7 @@ def route(*names: str, state: ModelState = ModelState.READY) -> Route:
 
 
 def granted(*names: str, state: ModelState = ModelState.READY) -> Granted:
-    return Granted(route(*names, state=state), Lease(names[0], 1, 2.0))
+    return Granted(route(*names, state=state), Lease(f"huggingface/{names[0]}", 1, 2.0))
 
 
 ASK = Ask("ticket", "a")

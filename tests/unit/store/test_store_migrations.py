@@ -47,9 +47,9 @@ def test_upgrade_makes_the_folder_and_the_file_and_reaches_head(tmp_path: Path) 
     assert migrate.current(url) is None
     assert not (tmp_path / "a folder").exists()
     migrate.upgrade(url)
-    assert migrate.current(url) == migrate.head() == "0002"
+    assert migrate.current(url) == migrate.head() == "0003"
     migrate.upgrade(url)
-    assert migrate.current(url) == "0002"
+    assert migrate.current(url) == "0003"
 
 
 def test_the_migrations_make_exactly_the_tables_that_the_queries_use(migrated_file: Path) -> None:
@@ -167,11 +167,11 @@ def test_two_processes_migrate_at_once_and_both_succeed(chat_service_file: Path)
 
 async def test_open_names_both_revisions_and_the_command(tmp_path: Path) -> None:
     file = tmp_path / "store.db"
-    with pytest.raises(InvalidConfig, match=r"revision none, and this release needs 0002. Run: rotunda db upgrade"):
+    with pytest.raises(InvalidConfig, match=r"revision none, and this release needs 0003. Run: rotunda db upgrade"):
         await Store.open(url_of(file))
     assert not file.exists()
     await migrate.upgrade_async(url_of(file), "0001")
-    with pytest.raises(InvalidConfig, match=r"revision 0001, and this release needs 0002"):
+    with pytest.raises(InvalidConfig, match=r"revision 0001, and this release needs 0003"):
         await Store.open(url_of(file))
 
 

@@ -1,0 +1,151 @@
+"""Carries out what the rotation decided: replicas come by a call, and leave by being told to."""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+from ray.serve.handle import DeploymentHandle
+
+from deployments.applications import Applications
+from deployments.handles import Failure, translate
+from deployments.offer import Offer
+from serve_app.domain.catalog import Entry, ModelState
+from serve_app.domain.errors import ModelNotFound, error_from_dict
+from serve_app.domain.rotation_effects import Effect, Load, Log, Retire
+from serve_app.domain.rotation_events import Event, Gone, Heartbeat, LoadFailed
+
+logger = logging.getLogger(__name__)
+
+RETIRE_TIMEOUT_S = 5.0
+LINGER_S = 3.0
+"""A handle is kept for so long after its call: a few of Serve's ``metrics_interval_s``."""
+
+
+class Effects:
+    """See the module. Every effect is carried out in a task of its own; what comes of it is told as an event.
+
+    Args:
+        offer: finds the application and arguments of a model.
+        applications: of discovered models.
+        tell: takes the events.
+        loaded: whether a replica of an application has come up, by what was last heard.
+    """
+
+    def __init__(
+        self,
+        offer: Offer,
+        applications: Applications,
+        tell: Callable[[Event], None],
+        loaded: Callable[[str], bool],
+    ) -> None:
+        self._offer = offer
+        self._applications = applications
+        self._tell = tell
+        self._loaded = loaded
+        self._loads: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.counts: Counter[str] = Counter()
+        """How often each kind of thing was logged."""
+
+    def __call__(self, effect: Effect) -> None:
+        match effect:
+            case Load():
+                self.load(effect.model)
+            case Retire():
+                self.abandon(effect.model)
+                self._spawn(self._retire(effect))
+            case Log():
+                self.counts[effect.kind] += 1
+                logger.log(logging.getLevelNamesMapping()[effect.level.upper()], "%s", effect.text)
+
+    @property
+    def loading(self) -> set[str]:
+        """The models for which a call waits until they are loaded."""
+        return set(self._loads)
+
+    def load(self, model: str) -> None:
+        """Have the first replica of a model started."""
+        task = self._spawn(self._load(model))
+        self._loads[model] = task
+        task.add_done_callback(lambda done: self._loads.pop(model) if self._loads.get(model) is done else None)
+
+    def abandon(self, model: str) -> None:
+        """Stop waiting for a load; without the call that waits, Serve wants no replica any more."""
+        task = self._loads.pop(model, None)
+        if task is not None:
+            task.cancel()
+
+    def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    async def _load(self, model: str) -> None:
+        entry = self._offer.by_name.get(model)
+        if entry is None:
+            error = ModelNotFound(f"There is no model called {model!r} any more.")
+            self._tell(LoadFailed(model, error.to_dict()))
+            self._tell(Gone(model))
+            return
+        try:
+            await (self._load_remote(entry) if entry.shared else self._load_local(entry))
+        except Exception as error:
+            failure = translate(error, entry.id, entry.provider)
+            logger.warning("%s could not be loaded: %s (%r)", model, failure, error)
+            self._tell(LoadFailed(model, failure.to_dict()))
+            if entry.shared:
+                self._tell(Gone(model))
+
+    async def _load_local(self, entry: Entry) -> None:
+        if not entry.declared:
+            await self._applications.put_up(entry, self._offer.args_of(entry))
+        async with self._handle(entry) as handle:
+            answer = await handle.warm.remote()
+        if isinstance(answer, Failure):
+            raise error_from_dict(answer.error)
+
+    async def _load_remote(self, entry: Entry) -> None:
+        await self._offer.remotes.command("load", entry)
+        self._tell(Heartbeat(entry.full_name, entry.application, entry.provider, ModelState.READY))
+
+    async def _retire(self, effect: Retire) -> None:
+        entry = self._offer.find(effect.model)
+        if entry is None:
+            return
+        try:
+            if entry.shared:
+                await self._offer.remotes.command("unload", entry)
+                self._tell(Gone(effect.model))
+            elif self._loaded(entry.application):
+                # Only replicas that run hear a broadcast; a call to a model without any would wake it.
+                async with self._handle(entry) as handle:
+                    await handle.broadcast("retire", effect.epoch).results_async(timeout_s=RETIRE_TIMEOUT_S)
+        except Exception as error:
+            # The answers to their heartbeats say the same.
+            logger.warning("%s was not told to leave: %r", effect.model, error)
+
+    @asynccontextmanager
+    async def _handle(self, entry: Entry) -> AsyncIterator[DeploymentHandle[Any]]:
+        """A handle for one call: an idle one would talk with Serve's controller for ever.
+
+        It has to say that its queue is empty before it goes: Serve counts the last queue of a silent handle for ten
+        seconds, and would start the model again for nobody.
+        """
+        handle: DeploymentHandle[Any] = DeploymentHandle(entry.deployment, entry.application)
+        try:
+            yield handle
+        finally:
+            self._spawn(_shut(handle))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+async def _shut(handle: DeploymentHandle[Any]) -> None:
+    await asyncio.sleep(LINGER_S)
+    await handle.shutdown_async()
