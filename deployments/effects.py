@@ -10,6 +10,7 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from deployments.applications import Applications
+from deployments.demand import demand_of
 from deployments.handles import Failure, translate
 from deployments.offer import Offer
 from serve_app.domain.catalog import Entry, ModelState
@@ -100,7 +101,10 @@ class Effects:
 
     async def _load_local(self, entry: Entry) -> None:
         if not entry.declared:
-            await self._applications.put_up(entry, self._offer.args_of(entry))
+            args = self._offer.args_of(entry)
+            memory = await asyncio.to_thread(demand_of, args, entry.info)
+            update = {"memory_bytes": int(memory.memory) or None}
+            await self._applications.put_up(entry, args.model_copy(update=update))
         async with self._handle(entry) as handle:
             answer = await handle.warm.remote()
         if isinstance(answer, Failure):

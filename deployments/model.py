@@ -17,6 +17,7 @@ import psutil
 from ray import serve
 from ray.serve import Application
 
+from deployments.demand import demand_of
 from deployments.handles import answering, forever
 from deployments.reporting import REPORT_S, Reporter
 from deployments.serving import Outboxes, RouterLink
@@ -29,7 +30,7 @@ from serve_app.domain.generation import Accepted, GenerationRequest, Item
 from serve_app.domain.leasing import Permit
 from serve_app.engines import registry
 from serve_app.engines.base import Counters, Engine, EngineOptions
-from serve_app.engines.discovery import discover
+from serve_app.engines.discovery import find
 from serve_app.engines.embed import EmbeddingEngine
 from serve_app.engines.memory import gpu_bytes, node_memory
 from serve_app.telemetry.figures import engine_figures, memory_figures
@@ -130,15 +131,10 @@ class ModelReplica:
         return registry.create(self._args.engine, info, options, on_progress=self._on_progress)
 
     def _find(self) -> ModelInfo:
-        """The model by its id; a user's string is never joined to a path."""
-        virtual = registry.describe(self._args.engine, self._args.model)
-        if virtual is not None:
-            return virtual
-        found = discover(self._settings.hf_model_path, self._settings.hf_default_task)
-        for info in found:
-            if info.id == self._args.model:
-                return info
-        raise ModelNotFound(f"{self._args.model} is not in the model store.", retryable=False)
+        info = _look_up(self._args, self._settings)
+        if info is None:
+            raise ModelNotFound(f"{self._args.model} is not in the model store.", retryable=False)
+        return info
 
     def _figures(self) -> Iterator[Metric]:
         model, node = self._args.model, self._reporter.node
@@ -299,6 +295,19 @@ def build(args: ModelArgs) -> Application:
     return deployment.bind(args)
 
 
+def _look_up(args: ModelArgs, settings: Settings) -> ModelInfo | None:
+    """The model by its id; a user's string is never joined to a path."""
+    virtual = registry.describe(args.engine, args.model)
+    return virtual or find(settings.hf_model_path, args.model, settings.hf_default_task)
+
+
 def _resources(args: ModelArgs) -> dict[str, Any]:
+    """What Ray reserves for a replica: what rotation counts, so that neither promises what the other has given away."""
+    memory = args.memory_bytes
+    if memory is None:
+        try:
+            memory = int(demand_of(args, _look_up(args, load().settings)).memory)
+        except OSError as error:
+            logger.warning("%s reserves no memory: the model store cannot be listed (%s)", args.model, error)
     resources: dict[str, Any] = {"num_cpus": args.num_cpus, "num_gpus": args.num_gpus}
-    return resources | ({"memory": args.memory_bytes} if args.memory_bytes else {})
+    return resources | ({"memory": memory} if memory else {})

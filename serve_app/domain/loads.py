@@ -48,6 +48,11 @@ class Loads:
         known = [(slot.node, slot.replica) for slot in resident.slots]
         was_busy = resident.running > 0
         resident.hear(beat, state.now)
+        if beat.state is ModelState.RETIRING and not resident.leaving and resident.retired:
+            # Told so by the router before this one, or by an answer that this one had not meant for it.
+            resident.retirement = Retirement("its replicas are leaving", state.now, resident.epoch, True, sent=True)
+            state.note("retire", beat.model, resident.retirement.reason)
+            state.stir()
         if beat.running > 0:
             row.last_used = state.now
         moved = known != [(slot.node, slot.replica) for slot in resident.slots]
@@ -142,7 +147,10 @@ class Loads:
             state.stir()
         allowed = min(max(event.replicas, 1), max(len(resident.slots), 1))
         state.emit(Allow(event.model, allowed, reason))
-        state.note("scale", event.model, f"{allowed} of {event.replicas} replicas: {reason}")
+        told = f"{allowed} of {event.replicas} replicas: {reason}"
+        if told != resident.scaled:
+            state.note("scale", event.model, told)
+        resident.scaled = told
 
     def _someone_waits(self, pool: str) -> str | None:
         """A model of the pool that waits for a load to start."""

@@ -115,6 +115,13 @@ class Resident:
     loaded_at: float | None = None
     used_until: float = float("-inf")
     retirement: Retirement | None = None
+    scaled: str = ""
+    """What was decided last about the number of its replicas."""
+
+    @property
+    def retired(self) -> bool:
+        """Whether every replica says that it is leaving."""
+        return bool(self.slots) and all(slot.state is ModelState.RETIRING for slot in self.slots)
 
     @property
     def ready(self) -> bool:

@@ -33,6 +33,16 @@ def discover(root: Path, default_task: Task | None = None) -> list[ModelInfo]:
     return _one_per_id(_inspect(folder, default_task) for folder in list_folders(root))
 
 
+def find(root: Path, model_id: str, default_task: Task | None = None) -> ModelInfo | None:
+    """One model of the store by its id, without a look into the folders of others; None when there is none.
+
+    Raises:
+        OSError: ``root`` itself cannot be listed.
+    """
+    folders = (folder for folder in list_folders(root) if folder.id == model_id)
+    return next(iter(_one_per_id(_inspect(folder, default_task) for folder in folders)), None)
+
+
 def inspect(path: Path, model_id: str, default_task: Task | None = None, store: Path | None = None) -> ModelInfo:
     """What the files in ``path`` say. Never raises for the model's sake: see ``problem``.
 
