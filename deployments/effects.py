@@ -20,6 +20,8 @@ from serve_app.domain.rotation_events import Event, Gone, Heartbeat, LoadFailed
 
 logger = logging.getLogger(__name__)
 
+AGAIN_S = 0.2
+"""Pause after a load was answered by a replica that is leaving."""
 RETIRE_TIMEOUT_S = 5.0
 LINGER_S = 3.0
 """A handle is kept for so long after its call: a few of Serve's ``metrics_interval_s``."""
@@ -106,7 +108,11 @@ class Effects:
             update = {"memory_bytes": int(memory.memory) or None}
             await self._applications.put_up(entry, args.model_copy(update=update))
         async with self._handle(entry) as handle:
-            answer = await handle.warm.remote()
+            while True:
+                answer = await handle.warm.remote()
+                if answer is not False:
+                    break
+                await asyncio.sleep(AGAIN_S)
         if isinstance(answer, Failure):
             raise error_from_dict(answer.error)
 

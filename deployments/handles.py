@@ -10,6 +10,7 @@ import asyncio
 import functools
 import logging
 import secrets
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -41,6 +42,8 @@ from serve_app.telemetry.spans import SpanRow
 logger = logging.getLogger(__name__)
 
 ROUTER_TIMEOUT_S = 10.0
+IDLE_HANDLE_S = 60.0
+SWEEP_S = 5.0
 
 Value = TypeVar("Value")
 
@@ -154,7 +157,20 @@ class ModelHandles:
         self._ingress = ingress
         self._inbox = Inbox()
         self._handles: dict[tuple[str, bool], DeploymentHandle[Any]] = {}
+        self._used_at: dict[tuple[str, bool], float] = {}
+        self._calls: Counter[str] = Counter()
+        """Calls that run, by application."""
         self._readers: set[asyncio.Task[None]] = set()
+
+    async def sweep(self) -> None:
+        """Give up the handles that were not used for a while: each talks with Serve's controller all the time."""
+        now = asyncio.get_running_loop().time()
+        for key, used_at in list(self._used_at.items()):
+            if now - used_at > IDLE_HANDLE_S and not self._calls[key[0]]:
+                del self._used_at[key]
+                handle = self._handles.pop(key, None)
+                if handle is not None:
+                    await handle.shutdown_async()
 
     async def stream(self, entry: Entry, request: GenerationRequest, epoch: int) -> AsyncGenerator[Item, None]:
         """Yield the replica's items; closing the iterator cancels the call, and with it the generation."""
@@ -189,6 +205,7 @@ class ModelHandles:
         return answer  # type: ignore[no-any-return]
 
     async def _read(self, call: Any, entry: Entry, mailbox: Mailbox) -> None:
+        self._calls[entry.application] += 1
         try:
             async for data in call:
                 self._inbox.deliver(unpack(data))
@@ -199,12 +216,15 @@ class ModelHandles:
             self._forget(entry)
             logger.warning("a call to %s failed: %r", entry.application, error)
             mailbox.fail(translate(error, entry.id, entry.provider))
+        finally:
+            self._calls[entry.application] -= 1
 
     def _handle(self, entry: Entry, stream: bool) -> DeploymentHandle[Any]:
         key = (entry.application, stream)
         if key not in self._handles:
             handle: DeploymentHandle[Any] = DeploymentHandle(entry.deployment, entry.application)
             self._handles[key] = handle.options(stream=stream, response_serialization="pickle")
+        self._used_at[key] = asyncio.get_running_loop().time()
         return self._handles[key]
 
     def _forget(self, entry: Entry) -> None:

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deployments.handles import ModelHandles, RouterHandle, forever
+from deployments.handles import SWEEP_S, ModelHandles, RouterHandle, forever
 from deployments.reporting import REPORT_S, Reporter
 from deployments.serving import RouterLink
 from serve_app.api.access import Access
@@ -62,8 +62,8 @@ class Ingress:
         self._store = await Store.open(url)
         files = ImageFiles(settings.image_storage_path)
         owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        link, breakers = RouterHandle(router), Breakers(_rules(settings))
-        gateway = Gateway(link, ModelHandles(owner), _limits(settings), breakers=breakers, holder=owner)
+        link, breakers, handles = RouterHandle(router), Breakers(_rules(settings)), ModelHandles(owner)
+        gateway = Gateway(link, handles, _limits(settings), breakers=breakers, holder=owner)
         key = await self._store.signing_key()
         access = Access(self._store, Passwords(), key, settings)
         self._sessions = Sessions(self._store, gateway, files, access.image_url, _session_limits(settings), owner)
@@ -74,6 +74,7 @@ class Ingress:
         self._ticking = loop.create_task(self._sessions.tick())
         self._reporting = loop.create_task(forever(self._reporter.report, REPORT_S))
         self._keeping = loop.create_task(gateway.leases.keep())
+        self._tidying = loop.create_task(forever(handles.sweep, SWEEP_S))
         self._services = Services(
             settings,
             self._store,
@@ -107,6 +108,7 @@ class Ingress:
         await self._sessions.close()
         self._ticking.cancel()
         self._keeping.cancel()
+        self._tidying.cancel()
         self._reporting.cancel()
         await self._reporter.close()
         self._sweeping.cancel()

@@ -41,7 +41,7 @@ from serve_app.telemetry.recording import Load, generation
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.5
-ASK_S = 0.25
+ASK_S = 0.5
 """How often a replica that may not load yet asks again."""
 ROUTERLESS_S = 30.0
 """After so long without a router a replica loads all the same; what Ray reserved for it is its own."""
@@ -189,10 +189,14 @@ class ModelReplica:
             self._last_used = time.time()
 
     @answering
-    async def warm(self) -> None:
-        """Return once the model is loaded; calling it is what wakes a model that has no replica."""
+    async def warm(self) -> bool:
+        """Return once the model is loaded; calling it is what wakes a model that has no replica.
+
+        False: this replica is leaving, and another one must be asked.
+        """
         if self._failure is not None:
             raise self._failure
+        return self._engine is not None and not self._retired
 
     async def retire(self, epoch: int) -> None:
         """Leave: running streams end, then the process does. ``epoch`` tells which router wants it."""
