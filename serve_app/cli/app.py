@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from serve_app.cli import bench, chat, models, traces
+from serve_app.cli import bench, chat, models, pull, rotation, traces
 from serve_app.cli.database import db
 from serve_app.cli.run import FAILURE
 from serve_app.cli.settings import config
@@ -46,6 +46,8 @@ app.command("load")(models.load_model)
 app.command("unload")(models.unload)
 app.command("pin")(models.pin)
 app.command("plan")(models.plan)
+app.command("rotation")(rotation.rotation)
+app.command("pull")(pull.pull)
 app.command("chat")(chat.chat)
 app.command("trace")(traces.trace)
 app.command("bench")(bench.bench)

@@ -21,6 +21,7 @@ from serve_app.cli.run import (
     table,
     warn,
 )
+from serve_app.cli.waiting import until_loaded
 from serve_app.config import load
 from serve_app.domain.catalog import ModelInfo
 
@@ -143,11 +144,19 @@ def ps(context: typer.Context, url: Url = DEFAULT_URL, api_key: ApiKey = None, a
 
 @guarded
 def load_model(
-    context: typer.Context, model: Model, url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False
+    context: typer.Context,
+    model: Model,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Return when it is loaded, or at once.")] = True,
+    timeout: Annotated[float, typer.Option("--timeout", min=0, help="Wait for so many seconds at most.")] = 600,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    as_json: Json = False,
 ) -> None:
     """Bring a model into memory before anyone asks for it."""
-    with outside(context).client(url, api_key) as client:
-        _print_answer(client.post(model_path(model, "load")), as_json)
+    world = outside(context)
+    with world.client(url, api_key) as client:
+        answer = client.post(model_path(model, "load"))
+        _print_answer(until_loaded(client, answer, timeout, world.sleep) if wait else answer, as_json)
 
 
 @guarded
@@ -186,7 +195,18 @@ def _print_answer(answer: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         return print_json(answer)
     for name, value in answer.items():
-        if isinstance(value, list):
-            value = ", ".join(str(part) for part in value)
-        if value not in (None, "", {}):
-            typer.echo(clean(f"{name}: {value}"))
+        text = _text(value)
+        if text:
+            typer.echo(clean(f"{name}: {text}"))
+
+
+def _text(value: Any) -> str:
+    """A value of an answer for people: lists joined, resources and parts of memory with their units."""
+    if isinstance(value, list):
+        return ", ".join(str(part) for part in value)
+    if not isinstance(value, Mapping):
+        return "" if value is None else str(value)
+    if "memoryBytes" in value:
+        amounts = [f"{value[kind]:g} {kind.upper()}" for kind in ("cpu", "gpu") if value.get(kind)]
+        return ", ".join([*amounts, size(value["memoryBytes"]) or "any memory"])
+    return ", ".join(f"{part} {size(amount)}" for part, amount in value.items())

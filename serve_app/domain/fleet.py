@@ -82,6 +82,7 @@ class ModelStatus:
             "memoryBytes": sum(memory) if memory else None,
             "contextLength": info.context_length if info else None,
             "quantization": info.quantization if info else None,
+            "progress": max((report.progress for report in reports if report.progress is not None), default=None),
             "engine": next((report.engine for report in reports if report.engine), None),
             "loadedAt": min((report.loaded_at for report in reports if report.loaded_at), default=None),
             "lastUsedAt": max((report.last_used_at for report in reports if report.last_used_at), default=None),

@@ -99,6 +99,73 @@ def test_actions_ask_the_server(words: list[str], method: str, path: str, body: 
     assert (json.loads(request.content) if request.content else None) == body
 
 
+def test_a_plan_is_told_in_units() -> None:
+    plan = {
+        "model": "m",
+        "verdict": "evicts",
+        "evicts": ["a", "b"],
+        "demand": {"cpu": 1, "gpu": 0, "memoryBytes": 1_500_000_000},
+        "capacity": {"cpu": 4, "gpu": 1, "memoryBytes": None},
+        "bytes": {"weights": 1_200_000_000, "cache": 300_000_000},
+        "etaMs": None,
+    }
+    assert run(answering(200, plan), "plan", "m").stdout.splitlines() == [
+        "model: m",
+        "verdict: evicts",
+        "evicts: a, b",
+        "demand: 1 CPU, 1.5 GB",
+        "capacity: 4 CPU, 1 GPU, any memory",
+        "bytes: weights 1.2 GB, cache 300.0 MB",
+    ]
+
+
+def loading(*states: tuple[str, str | None]) -> tuple[Answer, list[str]]:
+    """A server whose model is in these states, one at each look; the load command sees the first."""
+    left, seen = list(states), list[str]()
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(f"{request.method} {request.url.path}")
+        state, reason = left.pop(0) if len(left) > 1 else left[0]
+        name = "model" if request.method == "POST" else "name"
+        return httpx.Response(200, json={name: "org/m:1", "state": state, "reason": reason, "progress": 0.5})
+
+    return answer, seen
+
+
+def run_patiently(answer: Answer, *words: str) -> tuple[Result, list[float]]:
+    slept: list[float] = []
+    return CliRunner().invoke(app, words, obj=Outside(httpx.MockTransport(answer), slept.append)), slept
+
+
+def test_load_waits_until_the_model_is_loaded() -> None:
+    answer, seen = loading(("queued", "memory is full"), ("cold", None), ("loading", None), ("ready", None))
+    result, slept = run_patiently(answer, "load", "m")
+    assert (result.exit_code, result.stdout) == (0, "model: org/m:1\nstate: ready\n")
+    assert seen == ["POST /api/models/m/load", *["GET /api/models/org/m:1"] * 3] and len(slept) == 3
+    answer, _ = loading(("loading", None), ("busy", None))
+    result, _ = run_patiently(answer, "load", "m", "--json")
+    assert json.loads(result.stdout) == {"model": "org/m:1", "state": "busy", "reason": None}
+
+
+def test_load_returns_at_once_when_it_is_told_to() -> None:
+    answer, seen = loading(("loading", None))
+    result, slept = run_patiently(answer, "load", "m", "--no-wait")
+    assert (result.exit_code, len(seen), slept) == (0, 1, [])
+    assert "state: loading" in result.stdout
+
+
+def test_load_tells_why_a_model_cannot_be_loaded() -> None:
+    answer, _ = loading(("loading", None), ("failed", "A file is missing."))
+    result, _ = run_patiently(answer, "load", "m")
+    assert (result.exit_code, result.stderr, result.stdout) == (1, "A file is missing.\n", "")
+
+
+def test_load_does_not_wait_for_ever() -> None:
+    answer, _ = loading(("queued", "memory is full"))
+    result, _ = run_patiently(answer, "load", "m", "--timeout", "0")
+    assert (result.exit_code, "was not loaded within 0 s" in result.stderr) == (1, True)
+
+
 def test_the_key_comes_from_the_option_or_the_environment_and_is_never_shown() -> None:
     seen: list[httpx.Request] = []
     run(answering(200, LIST, seen), "models", "--api-key", "from-option")
