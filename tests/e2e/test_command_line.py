@@ -34,7 +34,7 @@ def test_a_model_is_loaded_shown_pinned_planned_and_unloaded(cluster: Cluster) -
     assert rotunda(cluster, "load", MODEL).stdout == f"model: {MODEL}\nstate: ready\n"
     assert cluster.model(MODEL)["state"] == "ready"
     [shown] = [item for item in answer(cluster, "ps")["items"] if item["name"] == MODEL]
-    assert (shown["state"], shown["replicas"], shown["engine"]) == ("ready", 1, "scripted")
+    assert (shown["state"], shown["replicas"]) == ("ready", 1) and shown["engine"].startswith("scripted")
     assert f"{MODEL} " in rotunda(cluster, "ps").stdout
     plan = rotunda(cluster, "plan", MODEL).stdout
     assert "verdict: resident" in plan and "demand: " in plan
