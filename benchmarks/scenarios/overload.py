@@ -8,6 +8,7 @@ reply has its first token within two seconds of its intended arrival.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping
 from statistics import median
 from typing import Any
@@ -103,7 +104,10 @@ def main() -> None:
             result.add(found, Row(f"{name} saturation: goodput over the peak", good, "ratio", bound))
             bound = Target(at_most=2.0) if name == "2x" else Target()
             what = f"{name} saturation: median refusal latency over the idle one"
-            result.add(found, found.ratio(what, name, "idle", "refusal_p50_ms", "ms", bound))
+            if all(map(math.isfinite, found.values(name, "refusal_p50_ms"))):
+                result.add(found, found.ratio(what, name, "idle", "refusal_p50_ms", "ms", bound))
+            else:
+                result.problems.append(f"in a round at {name} saturation nothing was refused")
             failed = bootstrap(found.values(name, "other_failures"))
             result.add(
                 found, Row(f"{name} saturation: failures that are no refusal", failed, "requests", Target(at_most=0))

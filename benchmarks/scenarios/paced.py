@@ -8,6 +8,8 @@ token of all processes but the client.
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -16,6 +18,7 @@ from benchmarks.arrivals import Planned
 from benchmarks.client import Load
 from benchmarks.machine import CpuMeter
 from benchmarks.metrics import Sample
+from benchmarks.profiling import profile
 from benchmarks.protocol import Contender, Result, Target, measure, parser, rounds_of
 from benchmarks.servers import Server, on, plain_serve, rotunda
 from benchmarks.stats import percentile
@@ -63,10 +66,23 @@ def offered_share(samples: Sequence[Sample], tokens: int) -> float:
     return (tokens - 1) * PACE / (ended - begun)
 
 
+def profiled(server: Server, streams: int, seconds: float = 8.0) -> dict[str, dict[str, float]]:
+    """Where the replicas' time goes while ``streams`` streams run."""
+    tokens = round((seconds + 4) / PACE)
+    load = threading.Thread(target=contender(server, streams, tokens).measure, args=(0,))
+    load.start()
+    time.sleep(1)
+    replicas = [process for process in server.processes() if "ServeReplica" in " ".join(process.cmdline())]
+    found = profile(replicas, seconds)
+    load.join()
+    return found
+
+
 def main() -> None:
     arguments = parser(__doc__, rounds=7)
     arguments.add_argument("--streams", type=int, nargs="+", default=[32, 64])
     arguments.add_argument("--tokens", type=int, default=None, help="of each stream (default 500; 100 with --quick)")
+    arguments.add_argument("--profile", action="store_true", help="also say where the time goes (py-spy)")
     given = arguments.parse_args()
     tokens = given.tokens or (100 if given.quick else 500)
     result = Result.begin("paced", "A known pace: one token per stream every 10 ms", given)
@@ -99,6 +115,8 @@ def main() -> None:
                 ),
             )
             result.details[f"{streams} streams"] = found.rounds
+        if given.profile:
+            result.details["profile"] = {server.name: profiled(server, streams) for server in (ours, without, plain)}
     result.write()
 
 
