@@ -67,7 +67,7 @@ class ModelReplica:
         self._first_epoch = 0
         """Leases that are older were given for an earlier replica of the model."""
         self._reports = 0
-        self._outboxes = Outboxes(args.model, self._settings.hf_stream_chunk_size)
+        self._outboxes = Outboxes(args.model, self._settings.hf_stream_chunk_size, args.frames)
         self._refused = 0
         self._busy_s = 0.0
         self._memory_bytes = 0

@@ -27,23 +27,26 @@ class Outboxes:
     Args:
         name: of the model or provider, for the log.
         most_tokens: tokens that deltas of one stream may be joined to when several are ready.
+        shared: whether the streams of an ingress share messages; else each one's call carries its own and no other's.
     """
 
-    def __init__(self, name: str, most_tokens: int) -> None:
+    def __init__(self, name: str, most_tokens: int, shared: bool = True) -> None:
         self._name = name
         self._most_tokens = most_tokens
-        self._by_ingress: dict[str, Outbox] = {}
+        self._shared = shared
+        self._by_reader: dict[str, Outbox] = {}
 
     async def carry(self, ingress: str, stream: str, items: AsyncGenerator[Item, None]) -> AsyncGenerator[bytes, None]:
         """Yield packed frames: the items of this stream, and those of others of the same ``ingress``."""
-        outbox = self._by_ingress.setdefault(ingress, Outbox(self._most_tokens, self._fault))
+        reader = ingress if self._shared else stream
+        outbox = self._by_reader.setdefault(reader, Outbox(self._most_tokens, self._fault))
         try:
             async with aclosing(outbox.carry(stream, items)) as frames:
                 async for frame in frames:
                     yield pack(frame)
         finally:
             if outbox.empty:
-                self._by_ingress.pop(ingress, None)
+                self._by_reader.pop(reader, None)
 
     def _fault(self, error: BaseException) -> RotundaError:
         logger.error("a request to %s failed", self._name, exc_info=error)

@@ -97,6 +97,8 @@ class ModelArgs(Args):
     """Other names of the model."""
     pinned: bool = False
     """Never leaves memory for another model."""
+    frames: bool = True
+    """Whether what the streams of an ingress have ready leaves a replica as one message. False: a message for each."""
     graceful_shutdown_timeout_s: float = Field(default=330, ge=0, le=86_400)
     """How long running streams may take to end when a replica leaves; longer than the longest reply."""
     options: dict[str, OptionValue] = Field(default_factory=dict)

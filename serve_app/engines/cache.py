@@ -9,7 +9,6 @@ Layers with a sliding window keep whole rows too; the mask hides what lies outsi
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,45 +20,33 @@ kernel must not refuse them for their number."""
 
 
 class Place:
-    """Where the pass in progress writes and what it reads; all layers share it.
-
-    ``rows`` and ``positions`` say where each new token goes; attention sees the first ``length`` tokens of each row.
-    """
+    """Where the pass in progress writes: the row and the position of each new token. All layers share it."""
 
     def __init__(self, rows: int, capacity: int, device: Any) -> None:
         self.rows = rows
         self.capacity = capacity
         self.device = device
-        self._view: slice | torch.Tensor = slice(0, 0)
-        self._length = 0
         self._where = torch.empty(0), torch.empty(0)
         self._flat: dict[int, torch.Tensor] = {}
 
-    def set(self, rows: Sequence[int], positions: torch.Tensor, length: int) -> None:
-        """``positions``: ``[len(rows), new tokens]``, below the capacity."""
-        side_by_side = list(rows) == list(range(rows[0], rows[0] + len(rows)))
-        indices = torch.tensor(rows, device=self.device)
-        self._view = slice(rows[0], rows[0] + len(rows)) if side_by_side else indices
-        self._length = length
-        self._where = indices[:, None, None], positions[:, None, :]
+    def set(self, rows: torch.Tensor, positions: torch.Tensor) -> None:
+        """Both ``[tokens]``; positions are below the capacity."""
+        self._where = rows, positions
         self._flat.clear()
 
-    def view(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``[rows of the pass, heads, length, width]``; no copy where the rows lie side by side."""
-        return tensor[self._view, :, : self._length]
-
     def flat(self, heads: int) -> torch.Tensor:
-        """The places of the new tokens in ``[rows * heads * capacity, width]``, in the order ``[row, head, token]``."""
+        """The places of the new tokens in ``[rows * heads * capacity, width]``, in the order ``[head, token]``."""
         found = self._flat.get(heads)
         if found is None:
             rows, positions = self._where
-            each = torch.arange(heads, device=self.device)[None, :, None]
+            each = torch.arange(heads, device=self.device)[:, None]
             found = self._flat[heads] = ((rows * heads + each) * self.capacity + positions).view(-1)
         return found
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer; transformers calls :meth:`update` with the keys and values of the new tokens."""
+    """One layer; transformers calls :meth:`update` with the keys and values of the new tokens, ``[1, heads, tokens,
+    width]``, and gets all that there are."""
 
     is_sliding = False
 
@@ -92,7 +79,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         for held, new in ((self.keys, key_states), (self.values, value_states)):
             width = new.shape[3]
             held.view(-1, width).index_copy_(0, where, new.reshape(-1, width))
-        return self.place.view(self.keys), self.place.view(self.values)
+        return self.keys, self.values
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         for held in (self.keys, self.values):

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from serve_app.engines.slots import Seat, SlotLoop
+from serve_app.engines.decoding import Begun
+from serve_app.engines.slots import Feed, Seat, SlotLoop, piece
 
-Reread = Callable[[Sequence[int], Sequence[int]], torch.Tensor]
-"""Prompt and reply to the logits ``[vocabulary]`` after them, computed without any cache."""
+Reread = Callable[[Begun], torch.Tensor]
+"""A text to the logits ``[vocabulary]`` after it, computed without any cache."""
 
 TOLERANCE = 0.05
 """Of the logits' standard deviation: far above rounding, far below what another context makes of them."""
@@ -33,15 +34,20 @@ class Canary:
         self._prompts[seat], self._replies[seat] = list(prompt), []
         return seat
 
-    def read(self, *seats: Seat, most: int = LONGEST) -> None:
-        logits = self._loop.read(seats, most)
-        while any(seat.left for seat in seats):
-            logits = self._loop.read(seats, most)
-        self._take(seats, logits, check=True)
+    def read(self, *seats: Seat, most: int = LONGEST, beside: Sequence[Seat] = ()) -> None:
+        """Read prompts to their ends, with a step of those ``beside`` in the first pass."""
+        while reading := [seat for seat in seats if seat.left]:
+            pieces = [piece(seat, min(most, seat.left)) for seat in reading]
+            logits = self._loop.run([*pieces, *self._steps(beside)])
+            done = [feed.seat for feed in pieces if feed.wanted]
+            self._take([*done, *beside], logits, check=True)
+            beside = ()
 
     def step(self, *seats: Seat, check: bool = False) -> None:
-        logits = self._loop.step(seats, [self._replies[seat][-1] for seat in seats])
-        self._take(seats, logits, check)
+        self._take(seats, self._loop.run(self._steps(seats)), check)
+
+    def _steps(self, seats: Sequence[Seat]) -> list[Feed]:
+        return [Feed(seat, self._replies[seat][-1:]) for seat in seats]
 
     def leave(self, seat: Seat) -> list[int]:
         """All that it read, its newest token included."""
@@ -51,7 +57,7 @@ class Canary:
     def _take(self, seats: Sequence[Seat], logits: torch.Tensor, check: bool) -> None:
         for seat, row in zip(seats, logits.float(), strict=True):
             if check:
-                self._compare(row, self._reread(self._prompts[seat], self._replies[seat]).float())
+                self._compare(row, self._reread(Begun(self._prompts[seat], self._replies[seat])).float())
             self._replies[seat].append(int(row.argmax()))
 
     def _compare(self, found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -75,7 +81,7 @@ def passes(loop: SlotLoop, reread: Reread, ids: Sequence[int]) -> bool:
     canary.read(first, most=CHUNK)  # in pieces
     canary.step(first)
     second, third = canary.sit(text[::-1][: max(1, len(ids) // 2)]), canary.sit([*text[:-2], text[0]])
-    canary.read(second, third)  # of different lengths; one with a prefix copied from a running neighbour
+    canary.read(second, third, beside=[first])  # one with a prefix copied from a running neighbour
     canary.step(first, second, third, check=True)
     conversation = canary.leave(first)
     canary.step(second, third)

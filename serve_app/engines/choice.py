@@ -1,7 +1,6 @@
-"""Which decoder a model gets: the slots where they compute what they should, else one pass for each request.
+"""Which decoder a model gets: the slots where they compute what they should, else micro-batches, else one request each.
 
-Left-padded micro-batches for what the slots refuse are not built: encoders, images and state-space models keep their
-right order and their cancellation in passes of their own, and what a batch would gain for them was not measured.
+What is chosen, and why, is in the decoder's description, and so in the model's state.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from serve_app.engines import canary, gate
-from serve_app.engines.decoding import SoloDecoder
+from serve_app.engines.batch import BatchDecoder
+from serve_app.engines.decoding import Passes
 from serve_app.engines.loading import Loaded
 from serve_app.engines.slots import KEPT_ROWS, SlotDecoder, SlotLoop
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 def choose(
     loaded: Loaded, ids: Sequence[int], places: int, limit: int | None, budget: int
-) -> SlotDecoder | SoloDecoder:
+) -> SlotDecoder | BatchDecoder:
     """A decoder that has been tried on the ids of some text; its ``description`` says which, and why.
 
     Args:
@@ -29,34 +29,46 @@ def choose(
         limit: tokens of prompt and reply together, or None.
         budget: tokens that all requests may hold together.
     """
-    solo = SoloDecoder(loaded)
-    if not solo.check(ids):
-        solo.cached = False
-        solo.reason = "with its cache the model computes other tokens"
+    passes = Passes(loaded)
+    if not passes.check(ids):
+        passes.cached = False
+        batch = BatchDecoder(passes, 1, "with its cache the model computes other tokens")
     else:
-        solo.reason = gate.refusal(loaded.model)
-        if solo.reason is None:
-            slots = _slots(solo, loaded, places, min(limit or budget, budget), budget)
-            solo.reason = _trial(slots, solo, ids)
-            if solo.reason is None:
+        reason = gate.refusal(loaded.model)
+        batch = _batch(passes, ids, places, reason)
+        if reason is None:
+            slots = _slots(batch, passes, loaded, places, min(limit or budget, budget), budget)
+            batch.reason = _trial(slots, passes, ids)
+            if batch.reason is None:
                 return slots
-    log.warning("%s: no continuous batching: %s", loaded.info.id, solo.reason)
-    return solo
+    log.warning("%s: no continuous batching: %s", loaded.info.id, batch.reason)
+    return batch
 
 
-def _slots(solo: SoloDecoder, loaded: Loaded, places: int, limit: int, budget: int) -> SlotDecoder:
+def _batch(passes: Passes, ids: Sequence[int], places: int, reason: str | None) -> BatchDecoder:
+    try:
+        padding = passes.keeps_state or places == 1 or passes.check_padding(ids)
+    except Exception:  # the border to the libraries: a model that cannot do this can still run alone
+        log.exception("the trial of padded batches failed")
+        padding = False
+    if not padding:
+        reason = ", and ".join(filter(None, (reason, "in padded batches the model computes other tokens")))
+    return BatchDecoder(passes, places if padding else 1, reason)
+
+
+def _slots(batch: BatchDecoder, passes: Passes, loaded: Loaded, places: int, limit: int, budget: int) -> SlotDecoder:
     if loaded.device == "cpu":
         rows = places + KEPT_ROWS  # untouched rows take no memory
     else:
         rows = places = max(1, min(places, budget // limit))
     loop = SlotLoop(loaded.model, gate.LayerKinds.of(loaded.model), rows, limit, budget)
-    return SlotDecoder(solo, loop, places)
+    return SlotDecoder(batch, passes, loop, places)
 
 
-def _trial(slots: SlotDecoder, solo: SoloDecoder, ids: Sequence[int]) -> str | None:
+def _trial(slots: SlotDecoder, passes: Passes, ids: Sequence[int]) -> str | None:
     try:
         with torch.inference_mode():
-            passed = canary.passes(slots.loop, solo.reread, ids)
+            passed = canary.passes(slots.loop, passes.reread, ids)
     except Exception:  # the border to the libraries: a model that cannot do this can still run alone
         log.exception("the trial of the slots failed")
         return "it cannot run in shared passes"

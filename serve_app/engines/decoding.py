@@ -1,15 +1,15 @@
-"""Decoding with a transformers model: one forward pass for each request, cached keys and values.
+"""Forward passes of a transformers model as ``generate`` makes them, over one text or several.
 
 The steps are those of ``generate`` (``prepare_inputs_for_generation``, forward, update of the cache and masks), so that
-what works there works here; but one token at a time, with the sampling of each request, and free to stop anywhere.
-A canary at load compares a few tokens with those of the whole text read anew for each; where they differ, the cache is
-given up: slower, and right.
+what works there works here; but one token at a time, and free to stop anywhere. Texts of different lengths are padded:
+on the left, and on the right where an encoder reads them, since its positions count from the left.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,18 +24,37 @@ CANARY_TOLERANCE = 0.05
 """Of the logits' standard deviation."""
 
 
-class _State:
-    """What a request keeps between steps: the sampler and the arguments of the next forward pass."""
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A text to go on with: a prompt, what there is of the reply, and what else a first pass takes (``pixel_values``
+    and the like)."""
 
-    def __init__(self, sampler: Sampler, arguments: dict[str, Any]) -> None:
-        self.sampler = sampler
-        self.arguments = arguments
+    ids: Sequence[int]
+    reply: Sequence[int] = ()
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, job: Job) -> Begun:
+        return cls(job.prompt.ids, job.tokens, job.prompt.inputs)
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """Texts of one shape can be read in one pass."""
+        kinds = [
+            (name, None if self.tells_of_tokens(value) else tuple(value.shape[1:]))
+            for name, value in sorted(self.inputs.items())
+        ]
+        return (len(self.reply), *kinds)
+
+    def tells_of_tokens(self, value: Any) -> bool:
+        """Whether an input says something about each token, as ``token_type_ids`` do."""
+        return tuple(value.shape) == (1, len(self.ids))
 
 
-class SoloDecoder:
-    """Implements :class:`serve_app.engines.worker.Decoder` for decoder-only and encoder-decoder models.
+class Passes:
+    """A model's passes, and what a decoder must know of the model.
 
-    ``reason``: why the model gets no better one (:mod:`serve_app.engines.choice`).
+    ``cached``: whether keys and values are kept between passes.
     """
 
     def __init__(self, loaded: Loaded) -> None:
@@ -48,103 +67,62 @@ class SoloDecoder:
         takes = inspect.signature(loaded.model.forward).parameters
         self._prefill_extra = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self.cached = True
-        self.reason: str | None = None
         # Qwen-VL and its kin keep the positions of the last prompt's images on the model itself.
-        self.places = 1 if any(hasattr(module, "rope_deltas") for module in loaded.model.modules()) else None
-
-    @property
-    def description(self) -> str:
-        way = "one request at a time" if self.places == 1 else "a pass per request"
-        why = f" ({self.reason})" if self.reason else ""
-        return f"{way}{'' if self.cached else ', no cache'}{why}"
-
-    @property
-    def end_tokens(self) -> frozenset[int]:
-        return self._ends
+        self.keeps_state = any(hasattr(module, "rope_deltas") for module in loaded.model.modules())
 
     def ends(self, token: int) -> bool:
+        """Whether the token ends a reply."""
         return token in self._ends
-
-    def release(self, job: Job) -> None:
-        job.state = None
-
-    def start(self, jobs: Sequence[Job]) -> list[int | Exception | None]:
-        """See :class:`Decoder`: the whole prompt of the oldest."""
-        first: int | Exception | None
-        try:
-            with torch.inference_mode():
-                first = self._read(jobs[0])
-        except Exception as fault:  # the border to the libraries: one job's fault is not the others'
-            first = fault
-        return [first, *[None] * (len(jobs) - 1)]
-
-    def _read(self, job: Job) -> int:
-        self.check_ids([*job.prompt.ids, *job.tokens])
-        tokens, arguments = self._first_arguments(job.prompt.ids, job.prompt.inputs, job.tokens)
-        sampler = self.sampler(job, tokens.shape[1] - len(job.tokens))
-        logits, arguments = self._forward(tokens, arguments, first=True)
-        job.state = _State(sampler, arguments)
-        return sampler.pick(logits, tokens[0].tolist())
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raises ``InvalidInput`` for ids that the model has no embedding for."""
         if max(ids) >= self._vocabulary:
             raise InvalidInput("The prompt holds a token that the model does not know.")
 
-    def sampler(self, job: Job, read: int) -> Sampler:
-        """The sampler of a job whose decoder has ``read`` tokens before the reply."""
-        return Sampler.of(job, self._defaults, tuple(self._ends), read)
+    def sampler(self, job: Job) -> Sampler:
+        return Sampler.of(job, self._defaults, tuple(self._ends), len(self._begin(job.prompt.ids)))
 
-    def advance(self, jobs: Sequence[Job]) -> list[int | Exception]:
-        """See :class:`Decoder`; one forward pass for each job in turn."""
-        with torch.inference_mode():
-            return [self._next(job) for job in jobs]
+    def decoder_ids(self, job: Job) -> list[int]:
+        """What the decoder has read for a job."""
+        return [*self._begin(job.prompt.ids), *job.tokens]
 
-    def _next(self, job: Job) -> int | Exception:
-        try:
-            state: _State = job.state
-            whole = self._decoder_ids(job) if state.sampler.needs_ids or not self.cached else []
-            tokens = torch.tensor([job.tokens[-1:] if self.cached else whole], device=self._device)
-            logits, state.arguments = self._forward(tokens, state.arguments, first=not self.cached)
-            return state.sampler.pick(logits, whole)
-        except Exception as fault:  # the border to the libraries: one job's fault is not the others'
-            return fault
-
-    def _decoder_ids(self, job: Job) -> list[int]:
-        begin = [self._start_token()] if self._config.is_encoder_decoder else list(job.prompt.ids)
-        return [*begin, *job.tokens]
-
-    def _first_tokens(self, ids: Sequence[int], reply: Sequence[int]) -> torch.Tensor:
-        """What the decoder reads first: the prompt, or the start token where an encoder reads the prompt; then what
-        there is of the reply."""
-        first = [self._start_token()] if self._config.is_encoder_decoder else list(ids)
-        return torch.tensor([[*first, *reply]], device=self._device)
-
-    def _first_arguments(
-        self, ids: Sequence[int], inputs: Any, reply: Sequence[int] = ()
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
-        more = [] if self._config.is_encoder_decoder else list(reply)
-        tokens = torch.tensor([[*ids, *more]], device=self._device)
-        arguments: dict[str, Any] = {"use_cache": self.cached, "attention_mask": torch.ones_like(tokens)}
-        for name, value in inputs.items():
-            arguments[name] = value.to(self._device)
-            if more and value.shape == (1, len(ids)):  # a kind for each token; that of text is 0
-                arguments[name] = torch.nn.functional.pad(arguments[name], (0, len(more)))
-            if value.is_floating_point():
-                arguments[name] = arguments[name].to(self._model.dtype)
-        if self._config.is_encoder_decoder:
-            encoder = self._model.get_encoder()
-            arguments["encoder_outputs"] = encoder(tokens, attention_mask=arguments["attention_mask"], return_dict=True)
-        return self._first_tokens(ids, reply), arguments
+    def _begin(self, ids: Sequence[int]) -> list[int]:
+        """What the decoder reads before the reply: the prompt, or the start token where an encoder reads the prompt."""
+        return [self._start_token()] if self._config.is_encoder_decoder else list(ids)
 
     def _start_token(self) -> int:
         token = self._defaults.decoder_start_token_id
         return int(token if token is not None else self._config.decoder_start_token_id or 0)
 
+    def first(self, texts: Sequence[Begun]) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The logits ``[texts, vocabulary]`` after texts of one :attr:`Begun.shape`, and the arguments of the next
+        pass."""
+        return self._forward(*self._first_arguments(texts), first=True)
+
+    def next(self, tokens: Sequence[int], arguments: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+        """As :meth:`first`, after one more token of each."""
+        return self._forward(torch.tensor(tokens, device=self._device)[:, None], arguments, first=False)
+
+    def _first_arguments(self, texts: Sequence[Begun]) -> tuple[torch.Tensor, dict[str, Any]]:
+        right = bool(self._config.is_encoder_decoder)
+        read = [text.ids if right else (*text.ids, *text.reply) for text in texts]
+        width = max(map(len, read))
+        tokens = torch.tensor([padded(ids, width, right) for ids in read], device=self._device)
+        mask = torch.tensor([padded([1] * len(ids), width, right) for ids in read], device=self._device)
+        arguments: dict[str, Any] = {"use_cache": self.cached, "attention_mask": mask}
+        for name, value in joined(texts, width).items():
+            arguments[name] = value.to(self._device)
+            if value.is_floating_point():
+                arguments[name] = arguments[name].to(self._model.dtype)
+        if right:
+            encoder = self._model.get_encoder()
+            arguments["encoder_outputs"] = encoder(tokens, attention_mask=mask, return_dict=True)
+            tokens = torch.tensor([[*self._begin(text.ids), *text.reply] for text in texts], device=self._device)
+        return tokens, arguments
+
     def _forward(
         self, tokens: torch.Tensor, arguments: dict[str, Any], first: bool
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The logits ``[vocabulary]`` of the last position, and the arguments of the next pass."""
         prepared = self._model.prepare_inputs_for_generation(
             tokens, is_first_iteration=first, next_sequence_length=None if first else 1, **arguments
         )
@@ -152,37 +130,57 @@ class SoloDecoder:
         following = self._model._update_model_kwargs_for_generation(
             outputs, arguments, is_encoder_decoder=self._config.is_encoder_decoder
         )
-        return outputs.logits[0, -1], following
+        return outputs.logits[:, -1], following
 
     def check(self, ids: Sequence[int]) -> bool:
         """Whether a few likeliest tokens come out alike with the cache and without; also warms the model up."""
+        return self._alike([ids])
+
+    def check_padding(self, ids: Sequence[int]) -> bool:
+        """Whether texts of different lengths may share passes."""
+        return self._alike([ids, ids[: max(1, len(ids) // 3)], [*ids, *ids]])
+
+    def _alike(self, texts: Sequence[Sequence[int]]) -> bool:
         with torch.inference_mode():
-            tokens, arguments = self._first_arguments(ids, {})
-            chosen: list[int] = []
-            for step in range(CANARY_TOKENS):
-                logits, arguments = self._forward(tokens, arguments, first=step == 0)
-                reference = self.reread(ids, chosen).float()
-                chosen.append(int(logits.argmax()))
-                # Two ways of rounding may choose either of two tokens that are as good as equally likely.
-                if reference.max() - reference[chosen[-1]] > CANARY_TOLERANCE * reference.std():
-                    return False
-                tokens = torch.tensor([chosen[-1:]], device=self._device)
+            chosen: list[list[int]] = [[] for _ in texts]
+            logits, arguments = self.first([Begun(ids) for ids in texts])
+            for _ in range(CANARY_TOKENS):
+                for ids, reply, row in zip(texts, chosen, logits, strict=True):
+                    reference = self.reread(Begun(ids, reply)).float()
+                    reply.append(int(row.argmax()))
+                    # Two ways of rounding may choose either of two tokens that are as good as equally likely.
+                    if reference.max() - reference[reply[-1]] > CANARY_TOLERANCE * reference.std():
+                        return False
+                logits, arguments = self.next([reply[-1] for reply in chosen], arguments)
         return True
 
-    def reread(self, ids: Sequence[int], reply: Sequence[int]) -> torch.Tensor:
-        """The logits after prompt and reply, from one pass over all of it that fills no cache."""
+    def reread(self, text: Begun) -> torch.Tensor:
+        """The logits ``[vocabulary]`` after a text, from one pass over all of it that fills no cache."""
         with torch.inference_mode():
-            return self._reread(ids, reply)
+            tokens, arguments = self._first_arguments([text])
+            logits, _ = self._forward(tokens, arguments | {"use_cache": False}, first=True)
+            return logits[0]
 
-    def _reread(self, ids: Sequence[int], reply: Sequence[int]) -> torch.Tensor:
-        tokens, arguments = self._first_arguments(ids, {})
-        following = torch.tensor([list(reply)], dtype=tokens.dtype, device=self._device)
-        arguments["use_cache"] = False
-        if not self._config.is_encoder_decoder:
-            mask = arguments["attention_mask"]
-            arguments["attention_mask"] = torch.cat([mask, torch.ones_like(following)], dim=1)
-        logits, _ = self._forward(torch.cat([tokens, following], dim=1), arguments, first=True)
-        return logits
+
+def padded(ids: Sequence[int], width: int, right: bool) -> list[int]:
+    """With zeros on one side, up to ``width``."""
+    zeros = [0] * (width - len(ids))
+    return [*ids, *zeros] if right else [*zeros, *ids]
+
+
+def joined(texts: Sequence[Begun], width: int) -> dict[str, torch.Tensor]:
+    """The inputs of texts of one shape for a pass over all of them, padded to ``width`` like their ids."""
+    found = {}
+    for name in texts[0].inputs:
+        values = [text.inputs[name] for text in texts]
+        if texts[0].tells_of_tokens(values[0]):  # what is not of the prompt is text, whose kind is 0
+            after = [len(text.reply) for text in texts]
+            values = [
+                torch.nn.functional.pad(value, (width - more - value.shape[1], more))
+                for value, more in zip(values, after, strict=True)
+            ]
+        found[name] = torch.cat(values)
+    return found
 
 
 def end_tokens(loaded: Loaded, vocabulary: int) -> frozenset[int]:

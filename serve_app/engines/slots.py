@@ -1,24 +1,28 @@
 """Continuous batching: one forward pass per step for all running requests, which join and leave at every step.
 
-Each request holds a row of one cache (:mod:`serve_app.engines.cache`, :mod:`serve_app.engines.rows`). Prompts are read
-in chunks beside the running streams, several short ones in one pass; what an earlier request left in the cache is
-reused. Requests with images, and models that do not pass :mod:`serve_app.engines.gate`, go one pass per request.
+Each request holds a row of one cache (:mod:`serve_app.engines.cache`, :mod:`serve_app.engines.rows`). Pieces of prompts
+travel in the passes of the running streams (:mod:`serve_app.engines.packed`), as much as these can bear; what an
+earlier request left in the cache is reused. Requests with images, and models that do not pass
+:mod:`serve_app.engines.gate`, go one pass per request.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 
 from serve_app.domain.errors import ContextLengthExceeded
+from serve_app.engines.batch import BatchDecoder
 from serve_app.engines.cache import SlotCache
-from serve_app.engines.decoding import SoloDecoder
+from serve_app.engines.decoding import Passes
 from serve_app.engines.gate import LayerKinds
+from serve_app.engines.packed import Group, exchanged
 from serve_app.engines.rows import Row, Rows, common_length
 from serve_app.engines.sampling import Sampler
 from serve_app.engines.worker import Job
@@ -28,12 +32,12 @@ log = logging.getLogger(__name__)
 KEPT_ROWS = 16
 """Rows beyond those of running requests, for what finished ones leave."""
 BLOCK = 16
-"""Lengths are rounded to a multiple of this, so that shapes repeat."""
+"""The capacity of a row is a multiple of this, and so are lengths: shapes repeat."""
 WORTH_WAITING = 128
 """Tokens for which a prompt waits until another has read them."""
 MIN_CHUNK, MAX_CHUNK = 16, 512
-SHARE = 0.8
-"""Of a step's time that reading may take beside it, on average: single passes vary."""
+SHARE = 0.6
+"""Of a step's time that reading may add to it, on average: single passes vary."""
 PATIENCE = 256
 """Tokens by which a prompt seems shorter for each turn that it was passed over: short ones go first, long ones too."""
 
@@ -54,26 +58,38 @@ class Seat:
         return len(self.ids) - (len(self.row.ids) if self.row is not None else 0)
 
 
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """What one seat takes from a pass: its next ``tokens``. ``wanted``: whether the logits after them are."""
+
+    seat: Seat
+    tokens: Sequence[int]
+    wanted: bool = True
+
+
 class Pace:
-    """How many tokens of prompts one turn may read, so that running streams wait no longer than their own step takes.
+    """How many tokens of prompts may travel in one pass, so that running streams wait little longer than for a step.
 
     When newcomers outnumber the running streams, more of them wait than would be kept waiting: they get more, by the
-    square of the ratio. Times are smoothed over a few turns.
+    square of the ratio. Times are smoothed over a few passes.
     """
 
     def __init__(self) -> None:
         self._step_s: float | None = None
         self._token_s: float | None = None
 
-    def stepped(self, seconds: float) -> None:
-        self._step_s = _smooth(self._step_s, seconds)
-
-    def read(self, tokens: int, seconds: float) -> None:
-        self._token_s = _smooth(self._token_s, seconds / tokens)
+    def passed(self, steps: int, tokens: int, seconds: float) -> None:
+        """A pass with a step of so many streams, and so many tokens of prompts, took so long."""
+        if not tokens:
+            self._step_s = _smooth(self._step_s, seconds)
+        elif not steps:
+            self._token_s = _smooth(self._token_s, seconds / tokens)
+        elif self._step_s is not None:
+            self._token_s = _smooth(self._token_s, max(0.0, seconds - self._step_s) / tokens)
 
     def allowance(self, running: int, reading: int) -> int:
         """Tokens, a multiple of :data:`BLOCK`."""
-        if not running or self._step_s is None or self._token_s is None:
+        if not running or self._step_s is None or not self._token_s:
             return MAX_CHUNK
         tokens = int(SHARE * self._step_s / self._token_s * max(1.0, reading / running) ** 2)
         return min(MAX_CHUNK, max(MIN_CHUNK, tokens // BLOCK * BLOCK))
@@ -98,10 +114,13 @@ class SlotLoop:
         self._model = model
         self._kinds = kinds
         self._limit = limit
-        self._capacity = -(-(limit + 1) // BLOCK) * BLOCK  # the place after the last token takes what nobody reads
+        self._capacity = -(-limit // BLOCK) * BLOCK
         self._device = model.device
+        self._config = model.config.get_text_config(decoder=True)
         self._lowest = torch.finfo(model.dtype).min
         self._places = torch.arange(self._capacity, device=self._device)
+        # What the model passes on as its mask only tells :mod:`packed` which kind is meant.
+        self._masks = {kind: torch.zeros(1, 1, 1, 1, device=self._device) for kind in kinds.windows}
         self._cache = SlotCache(len(kinds.layers), rows, self._capacity, self._device)
         self.rows = Rows(rows, budget)
         self.limit = limit
@@ -116,79 +135,73 @@ class SlotLoop:
             self._cache.copy_row(taken.source.index, taken.row.index, taken.common)
         seat.row, seat.cached = taken.row, taken.common
 
-    def read(self, seats: Sequence[Seat], most: int) -> torch.Tensor:
-        """Read up to ``most`` further tokens of each prompt; the logits ``[seats, vocabulary]`` after them."""
-        rows = [_row(seat) for seat in seats]
-        parts = [seat.ids[len(row.ids) : len(row.ids) + most] for seat, row in zip(seats, rows, strict=True)]
-        logits = self._forward([row.index for row in rows], parts, [len(row.ids) for row in rows])
-        for row, part in zip(rows, parts, strict=True):
-            row.ids += part
-        return logits
+    def run(self, feeds: Sequence[Feed]) -> torch.Tensor:
+        """One pass; the logits ``[feeds that want them, vocabulary]`` after their tokens, in the order of ``feeds``."""
+        steps = [feed for feed in feeds if len(feed.tokens) == 1]
+        self._bring_together([_row(feed.seat) for feed in steps])
+        line = [*steps, *(feed for feed in feeds if len(feed.tokens) > 1)]
+        logits = self._forward(line, len(steps))
+        for feed in feeds:
+            _row(feed.seat).ids += feed.tokens
+        wanted = [feed for feed in line if feed.wanted]
+        if wanted == (asked := [feed for feed in feeds if feed.wanted]):
+            return logits
+        return logits[[wanted.index(feed) for feed in asked]]
 
-    def step(self, seats: Sequence[Seat], tokens: Sequence[int]) -> torch.Tensor:
-        """Feed each seat its newest token; the logits ``[seats, vocabulary]`` after it."""
-        rows = [_row(seat) for seat in seats]
+    def _bring_together(self, rows: Sequence[Row]) -> None:
         for moved, other in self.rows.swaps(rows):
             self._cache.swap_rows(other.index, moved.index, (len(moved.ids), len(other.ids)))
             if not other.occupied:
                 self._cache.empty_row(other.index)
-        first, last = min(row.index for row in rows), max(row.index for row in rows)
-        # Rows of others in between run along: what they write lies behind all that they hold.
-        feed = {row.index: [token] for row, token in zip(rows, tokens, strict=True)}
-        span = self.rows.by_index[first : last + 1]
-        longest = max(len(row.ids) for row in rows)
-        logits = self._forward(
-            [row.index for row in span], [feed.get(row.index, [0]) for row in span], [len(row.ids) for row in span],
-            longest,
-        )  # fmt: skip
-        for row, token in zip(rows, tokens, strict=True):
-            row.ids.append(token)
-        return logits if len(span) == len(rows) and rows == span else logits[[row.index - first for row in rows]]
 
-    def _forward(
-        self, rows: Sequence[int], parts: Sequence[Sequence[int]], starts: Sequence[int], longest: int | None = None
-    ) -> torch.Tensor:
-        """The logits ``[rows, vocabulary]`` after the last token of each part.
+    def _forward(self, line: Sequence[Feed], steps: int) -> torch.Tensor:
+        """The logits ``[wanted, vocabulary]`` of a pass over all tokens of the line; the first feeds are ``steps``."""
+        counts = [len(feed.tokens) for feed in line]
+        starts = [len(_row(feed.seat).ids) for feed in line]
+        groups = self._groups([_row(feed.seat).index for feed in line], starts, counts, steps)
+        ids = torch.tensor([token for feed in line for token in feed.tokens], device=self._device)
+        places = [place for start, count in zip(starts, counts, strict=True) for place in range(start, start + count)]
+        positions = torch.tensor(places, device=self._device)
+        rows = [_row(feed.seat).index for feed, count in zip(line, counts, strict=True) for _ in range(count)]
+        self._cache.place.set(torch.tensor(rows, device=self._device), positions)
+        ends = [end - 1 for end, feed in zip(accumulate(counts), line, strict=True) if feed.wanted]
+        wanted = torch.tensor(ends, dtype=torch.long, device=self._device)
+        keep = {"logits_to_keep": wanted} if self._kinds.keeps_logits else {}
+        masks = self._masks if len(self._masks) > 1 else next(iter(self._masks.values()))
+        kinds_by_mask = {mask.data_ptr(): kind for kind, mask in self._masks.items()}
+        with exchanged(self._config, groups, kinds_by_mask):
+            logits: torch.Tensor = self._model(
+                input_ids=ids[None],
+                position_ids=positions[None],
+                past_key_values=self._cache,
+                use_cache=True,
+                attention_mask=masks,
+                **keep,
+            ).logits[0]
+        return logits if keep else logits[wanted]
 
-        Args:
-            parts: new tokens of each row; shorter ones are padded behind, where later tokens overwrite it.
-            starts: tokens that each row holds already.
-            longest: the most of ``starts`` that count; attention looks no further.
-        """
-        width = max(map(len, parts))
-        ids = torch.tensor([[*part, *[0] * (width - len(part))] for part in parts], device=self._device)
-        positions = torch.tensor(starts, device=self._device)[:, None] + self._places[:width]
-        positions.clamp_(max=self._capacity - 1)
-        end = (max(starts) if longest is None else longest) + width
-        length = min(-(-end // BLOCK) * BLOCK, self._capacity)
-        self._cache.place.set(rows, positions, length)
-        ends = [len(part) - 1 for part in parts]
-        keep, chosen = self._keep(ends, width)
-        logits: torch.Tensor = self._model(
-            input_ids=ids,
-            position_ids=positions.clamp(max=self._limit - 1),
-            past_key_values=self._cache,
-            use_cache=True,
-            attention_mask=self._mask(positions, length),
-            **keep,
-        ).logits
-        return logits[:, 0] if chosen is None else logits[self._places[: len(rows)], chosen]
+    def _groups(self, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int], steps: int) -> list[Group]:
+        """The steps together, over the whole range that their rows lie in; each piece of a prompt by itself."""
+        groups = []
+        if steps:
+            first, last = min(rows[:steps]), max(rows[:steps])
+            picked = torch.tensor([row - first for row in rows[:steps]], device=self._device)
+            length = min(-(-(max(starts[:steps]) + 1) // BLOCK) * BLOCK, self._capacity)
+            queries = torch.zeros(last + 1 - first, 1, dtype=torch.long, device=self._device)
+            queries[picked, 0] = torch.tensor(starts[:steps], device=self._device)
+            in_order = rows[:steps] == list(range(first, last + 1))
+            masks = self._additive(queries, length)
+            groups.append(Group(slice(0, steps), slice(first, last + 1), length, masks, None if in_order else picked))
+        begin = steps
+        for row, start, count in zip(rows[steps:], starts[steps:], counts[steps:], strict=True):
+            masks = self._additive(self._places[None, start : start + count], start + count)
+            groups.append(Group(slice(begin, begin + count), slice(row, row + 1), start + count, masks))
+            begin += count
+        return groups
 
-    def _keep(self, ends: Sequence[int], width: int) -> tuple[dict[str, Any], torch.Tensor | None]:
-        """Which places of a pass get logits, and for each row the one of them that is its own."""
-        if width == 1:
-            return {}, None
-        if not self._kinds.keeps_logits:
-            return {}, torch.tensor(ends, device=self._device)
-        if set(ends) == {width - 1}:
-            return {"logits_to_keep": 1}, None
-        distinct = sorted(set(ends))
-        chosen = torch.tensor([distinct.index(end) for end in ends], device=self._device)
-        return {"logits_to_keep": torch.tensor(distinct, device=self._device)}, chosen
-
-    def _mask(self, positions: torch.Tensor, length: int) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Additive, ``[rows, 1, new tokens, length]``; one for each kind of attention where there are several."""
-        keys, queries = self._places[:length], positions.clamp(max=length - 1)[:, None, :, None]
+    def _additive(self, positions: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
+        """Masks ``[rows, 1, new tokens, length]`` for new tokens at ``positions`` ``[rows, new tokens]``, by kind."""
+        keys, queries = self._places[:length], positions[:, None, :, None]
         past = keys <= queries
         masks = {}
         for kind, window in self._kinds.windows.items():
@@ -199,7 +212,7 @@ class SlotLoop:
                 seen = past & (keys // window == queries // window)
             masks[kind] = torch.zeros(seen.shape, dtype=self._model.dtype, device=self._device)
             masks[kind].masked_fill_(~seen, self._lowest)
-        return masks if len(masks) > 1 else next(iter(masks.values()))
+        return masks
 
     def leave(self, seat: Seat, spoilt: bool = False) -> None:
         if seat.row is None:
@@ -227,10 +240,11 @@ def _row(seat: Seat) -> Row:
 
 
 class SlotDecoder:
-    """Implements :class:`serve_app.engines.worker.Decoder` with a :class:`SlotLoop`; ``solo`` runs what has images."""
+    """Implements :class:`serve_app.engines.worker.Decoder` with a :class:`SlotLoop`; ``batch`` runs what has images."""
 
-    def __init__(self, solo: SoloDecoder, loop: SlotLoop, places: int) -> None:
-        self._solo = solo
+    def __init__(self, batch: BatchDecoder, passes: Passes, loop: SlotLoop, places: int) -> None:
+        self._batch = batch
+        self._passes = passes
         self.loop = loop
         self.places: int | None = places
         self._pace = Pace()
@@ -243,58 +257,83 @@ class SlotDecoder:
         return f"continuous batching ({self.places} at once, {self.loop.limit} tokens each)"
 
     def ends(self, token: int) -> bool:
-        return self._solo.ends(token)
+        return self._passes.ends(token)
 
     def release(self, job: Job) -> None:
         if isinstance(job.state, Seat):
             self.loop.leave(job.state)
             job.state = None
         else:
-            self._solo.release(job)
+            self._batch.release(job)
 
-    def start(self, jobs: Sequence[Job]) -> list[int | Exception | None]:
-        """See :class:`Decoder`: one pass over the prompts that it pays to read together now."""
+    def turn(self, reading: Sequence[Job], running: Sequence[Job]) -> Iterator[Mapping[Job, int | Exception]]:
+        """See :class:`Decoder`: one pass for all that are or will be in the slots, then those with images."""
         with torch.inference_mode():
-            if jobs[0].prompt.inputs:
-                return self._solo.start(jobs)
-            outcomes: dict[Job, int | Exception] = {}
-            group, most = self._group([job for job in jobs if not job.prompt.inputs and self._open(job, outcomes)])
-            if group:
-                outcomes |= self._read(group, most, alone=len(group) == len(jobs))
-            return [outcomes.get(job) for job in jobs]
+            outcomes = self._shared(
+                [job for job in reading if not job.prompt.inputs], [job for job in running if not job.prompt.inputs]
+            )
+        if outcomes:
+            yield outcomes
+        yield from self._batch.turn(
+            [job for job in reading if job.prompt.inputs], [job for job in running if job.prompt.inputs]
+        )
+
+    def _shared(self, reading: Sequence[Job], running: Sequence[Job]) -> dict[Job, int | Exception]:
+        outcomes: dict[Job, int | Exception] = {}
+        ready = [job for job in reading if self._open(job, outcomes)]
+        pieces = self._pieces(ready, self._pace.allowance(len(running), len(ready)))
+        feeds = [Feed(job.state, job.tokens[-1:]) for job in running]
+        feeds += [piece(job.state, most) for job, most in pieces.items()]
+        if not feeds:
+            return outcomes
+        begun = time.perf_counter()
+        try:
+            logits = self.loop.run(feeds)
+        except Exception as fault:  # the border to the libraries
+            return outcomes | self._failed(fault, list(pieces), running)
+        done = [*running, *(job for job in pieces if not job.state.left)]
+        outcomes |= zip(done, self._pick(done, logits), strict=True)
+        self._pace.passed(len(running), sum(pieces.values()), time.perf_counter() - begun)
+        return outcomes
+
+    def _failed(self, fault: Exception, reading: Sequence[Job], running: Sequence[Job]) -> dict[Job, int | Exception]:
+        """What a pass that failed means: for those only whose prompts were in it, if there were any."""
+        for job in reading:
+            self.loop.leave(job.state, spoilt=True)
+        if reading and running:
+            return dict.fromkeys(reading, fault)  # the others have lost nothing, and go on without them
+        self.loop.reset()
+        raise fault
 
     def _open(self, job: Job, outcomes: dict[Job, int | Exception]) -> bool:
         """Whether the job can be read; if not, why."""
         try:
             if job.state is None:
                 ids = [*job.prompt.ids, *job.tokens]
-                self._solo.check_ids(ids)
+                self._passes.check_ids(ids)
                 if job.room > self.loop.limit:
                     raise _too_long(job, self.loop.limit)
-                job.state = Seat(ids, job.room, sampler=self._solo.sampler(job, len(job.prompt.ids)))
+                job.state = Seat(ids, job.room, sampler=self._passes.sampler(job))
         except Exception as fault:  # the border to the libraries: one job's fault is not the others'
             outcomes[job] = fault
             return False
         return True
 
-    def _group(self, jobs: Sequence[Job]) -> tuple[list[Job], int]:
-        """The jobs to read now, and how far: the shortest and longest-waiting first, then what fits beside it."""
-        running = len(self.loop.rows.held) - sum(job.state.row is not None for job in jobs)
-        allowance = self._pace.allowance(running, len(jobs))
-        ready = [job for job in jobs if not self._awaits(job, jobs)]
-        ready.sort(key=lambda job: job.state.left - PATIENCE * job.state.passed_over)
-        group: list[Job] = []
-        width = 0
-        for job in ready:
-            if job.state.row is None:
-                self._sit(job)
-            left = min(job.state.left, allowance)
-            if group and ((len(group) + 1) * max(width, left) > allowance or 2 * min(width, left) < max(width, left)):
+    def _pieces(self, jobs: Sequence[Job], allowance: int) -> dict[Job, int]:
+        """How far to read in which prompts now: the shortest and longest-waiting first."""
+        pieces: dict[Job, int] = {}
+        for job in sorted(
+            (job for job in jobs if not self._awaits(job, jobs)),
+            key=lambda job: job.state.left - PATIENCE * job.state.passed_over,
+        ):
+            if pieces and allowance < min(MIN_CHUNK, job.state.left):
                 job.state.passed_over += 1
                 continue
-            group.append(job)
-            width = max(width, left)
-        return group, width
+            if job.state.row is None:
+                self._sit(job)
+            pieces[job] = min(job.state.left, allowance)
+            allowance -= pieces[job]
+        return pieces
 
     def _sit(self, job: Job) -> None:
         self.loop.sit(job.state)
@@ -308,46 +347,6 @@ class SlotDecoder:
             return False
         soon = max(common_length(seat.ids, other.state.ids) for other in before)
         return soon > WORTH_WAITING and soon > self.loop.rows.common(seat.ids) + WORTH_WAITING
-
-    def _read(self, group: Sequence[Job], most: int, alone: bool) -> dict[Job, int | Exception]:
-        begun = time.perf_counter()
-        try:
-            logits = self.loop.read([job.state for job in group], most)
-        except Exception as fault:  # the border to the libraries
-            for job in group:
-                self.loop.leave(job.state, spoilt=True)
-            if alone:
-                raise
-            return dict.fromkeys(group, fault)
-        done = [job for job in group if not job.state.left]
-        found = self._pick(done, logits[[index for index, job in enumerate(group) if job in done]]) if done else []
-        self._pace.read(most * len(group), time.perf_counter() - begun)
-        return dict(zip(done, found, strict=True))
-
-    def advance(self, jobs: Sequence[Job]) -> list[int | Exception]:
-        """See :class:`Decoder`: one pass for all that are in the slots."""
-        with torch.inference_mode():
-            seated = [job for job in jobs if isinstance(job.state, Seat)]
-            others = [job for job in jobs if not isinstance(job.state, Seat)]
-            found: dict[Job, int | Exception] = {}
-            if seated:
-                found |= zip(seated, self._step(seated, alone=not others), strict=True)
-            if others:
-                found |= zip(others, self._solo.advance(others), strict=True)
-            return [found[job] for job in jobs]
-
-    def _step(self, jobs: Sequence[Job], alone: bool) -> list[int | Exception]:
-        begun = time.perf_counter()
-        try:
-            logits = self.loop.step([job.state for job in jobs], [job.tokens[-1] for job in jobs])
-        except Exception as fault:  # the border to the libraries
-            self.loop.reset()
-            if alone:
-                raise
-            return [fault] * len(jobs)
-        found = self._pick(jobs, logits)
-        self._pace.stepped(time.perf_counter() - begun)
-        return found
 
     def _pick(self, jobs: Sequence[Job], logits: torch.Tensor) -> list[int | Exception]:
         """The next token of each job from ``[jobs, vocabulary]``; those that only want the likeliest in one call."""
@@ -365,6 +364,12 @@ class SlotDecoder:
             return int(job.state.sampler.pick(logits, ids))
         except Exception as fault:  # the border to the libraries: one job's fault is not the others'
             return fault
+
+
+def piece(seat: Seat, most: int) -> Feed:
+    """The next ``most`` tokens of its prompt."""
+    done = len(_row(seat).ids)
+    return Feed(seat, seat.ids[done : done + most], wanted=done + most == len(seat.ids))
 
 
 def _too_long(job: Job, limit: int) -> Exception:

@@ -11,15 +11,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from serve_app.domain.catalog import ModelInfo
-from serve_app.domain.errors import InvalidConfig, InvalidInput, ModelLoadFailed, ProviderUnavailable, RotundaError
-from serve_app.domain.generation import Accepted, Finish, GenerationRequest, Item, Usage
+from serve_app.domain.errors import (
+    InvalidConfig,
+    InvalidInput,
+    ModelLoadFailed,
+    ModelUnsafe,
+    ProviderUnavailable,
+    RotundaError,
+)
+from serve_app.domain.generation import Accepted, Finish, GenerationRequest, Item, Message, Usage
 from serve_app.engines.base import Counters, EngineOptions, Progress, no_progress
 from serve_app.engines.faults import translate
 from serve_app.engines.ledger import Ledger, check_room
@@ -33,6 +42,9 @@ log = logging.getLogger(__name__)
 
 PROMPT_THREADS = 2
 EXTRA = frozenset({"use_gpu", "kv_tokens", "prompt_timeout_s", "stall_s"})
+TEMPLATE_CPU_S = 0.1
+"""Processor time that the chat template may take for one short message."""
+TEMPLATE_WAIT_S = 20.0
 CONTINUED_IDS = 8
 """Ids of a continued text that its continuation is decoded after."""
 Read = tuple[Prompt, ReplyStream]
@@ -158,6 +170,7 @@ def create(info: ModelInfo, options: EngineOptions, on_progress: Progress = no_p
 
     Raises:
         InvalidConfig: ``extra`` holds an unknown setting.
+        ModelUnsafe: the chat template is too slow.
         ModelUnsafe, CapabilityMissing, ModelLoadFailed, MemoryExceeded: see :func:`serve_app.engines.loading.load`.
     """
     from serve_app.engines import decoding
@@ -184,6 +197,7 @@ def create(info: ModelInfo, options: EngineOptions, on_progress: Progress = no_p
         Grammars(Vocabulary(loaded.tokenizer, size, decoding.end_tokens(loaded, size))),
     )
     on_progress("warmup", 0.0)
+    check_template(prompter)
     try:
         ids = _canary(loaded.tokenizer, loaded.model)
         decoder = choose(loaded, ids, options.max_concurrency, limit, budget)
@@ -199,6 +213,35 @@ def create(info: ModelInfo, options: EngineOptions, on_progress: Progress = no_p
         prompter.style,
     ]
     return TransformersEngine(info, options, prompter, decoder, detokenizers(loaded.tokenizer), ", ".join(parts))
+
+
+def check_template(prompter: Prompter) -> None:
+    """Refuse a chat template that would keep a replica busy: the best of three short prompts counts.
+
+    A thread of its own renders, since nothing can stop a template; the process of a refused model ends anyway.
+
+    Raises:
+        ModelUnsafe: it takes more than :data:`TEMPLATE_CPU_S`, or does not end.
+    """
+    times: list[float] = []
+    given_up = threading.Event()
+
+    def render() -> None:
+        while len(times) < 3 and not given_up.is_set():
+            begun = time.thread_time()
+            # A template may refuse this conversation; requests are told then.
+            with suppress(Exception):
+                prompter.build(GenerationRequest("trial", "", (Message.of("user", "Hello"),)))
+            times.append(time.thread_time() - begun)
+
+    thread = threading.Thread(target=render, name="template", daemon=True)
+    thread.start()
+    thread.join(TEMPLATE_WAIT_S)
+    given_up.set()
+    if not times or min(times) > TEMPLATE_CPU_S:
+        raise ModelUnsafe(
+            f"The model's chat template takes more than {TEMPLATE_CPU_S * 1000:g} ms for a short message."
+        )
 
 
 def _max_tokens(loaded: Any, options: EngineOptions) -> int:

@@ -4,8 +4,8 @@ It knows no torch. A :class:`Decoder` does the arithmetic: all of them in one fo
 (:mod:`serve_app.engines.slots`), or one request after the other within a step (:mod:`serve_app.engines.decoding`);
 the worker cannot tell.
 
-One turn of the loop: drop who was cancelled, admit newcomers, read on in their prompts and send first tokens at once,
-then one decode step for all that run, sent as one hand-over to the event loop.
+One turn of the loop: drop who was cancelled, admit newcomers, let the decoder read on in their prompts and give those
+who run a token each. What it computes together is sent as one hand-over to the event loop.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -88,14 +88,10 @@ class Decoder(Protocol):
         """Jobs that it can hold at once; None for any number."""
         ...
 
-    def start(self, jobs: Sequence[Job]) -> Sequence[int | Exception | None]:
-        """Read on in the prompts of newcomers, oldest first, as far as suits those who run: each one's first token
-        once its prompt is read, None as long as it is not, or why it cannot be read. Raises only when the pass
-        failed for all of them."""
-        ...
-
-    def advance(self, jobs: Sequence[Job]) -> Sequence[int | Exception]:
-        """The next token of each job, or why it has none. Raises only when none of them can go on."""
+    def turn(self, reading: Sequence[Job], running: Sequence[Job]) -> Iterator[Mapping[Job, int | Exception]]:
+        """Read on in the prompts of newcomers, oldest first, as far as suits those who run, and give each of these its
+        next token. Yields outcomes as they are ready: a newcomer's first token once its prompt is read, and why
+        somebody cannot go on. Raises only when none of those without an outcome can."""
         ...
 
     def ends(self, token: int) -> bool:
@@ -201,12 +197,43 @@ class Worker:
             self._ledger.leave("running", "cancelled")
         while self._admit():
             pass
-        if self._reading:
-            self._start(self._reading.copy())
+        if held := self._held:
+            self._compute(held)
+
+    def _compute(self, held: Sequence[Job]) -> None:
+        turn = iter(self._decoder.turn(self._reading.copy(), self._running.copy()))
+        left = set(held)
+        while True:
+            try:
+                outcomes = next(turn, None)
+            except Exception as fault:  # the border to the libraries
+                self._broken += 1
+                outcomes = dict.fromkeys((job for job in held if job in left), fault)
+            if outcomes is None:
+                return
+            left -= outcomes.keys()
+            self._settle(outcomes)
             self._post()
-        if self._running:
-            self._advance(self._running.copy())
-            self._post()
+
+    def _settle(self, outcomes: Mapping[Job, int | Exception]) -> None:
+        made = [job for job, token in outcomes.items() if isinstance(token, int)]
+        if made:
+            self._broken = 0
+        new = [job for job in made if job in self._reading]
+        for job in new:
+            job.first = job.request.marks.first = time.monotonic()
+            self._reading.remove(job)
+            self._running.append(job)
+        self._ledger.count(
+            prompt_tokens=sum(len(job.prompt.ids) for job in new),
+            completion_tokens=len(made),
+            tokens_after_cancel=sum(job.cancelled for job in made),
+        )
+        for job, token in outcomes.items():
+            if isinstance(token, Exception):
+                self._fail(job, token)
+            else:
+                self._take(job, token)
 
     @property
     def _held(self) -> list[Job]:
@@ -224,40 +251,6 @@ class Worker:
             self._ledger.start()
         job.started = job.request.marks.started = time.monotonic()
         return True
-
-    def _start(self, jobs: Sequence[Job]) -> None:
-        for job, token in zip(jobs, self._computed(self._decoder.start, jobs), strict=True):
-            if isinstance(token, Exception):
-                self._fail(job, token)
-            elif token is not None:
-                job.first = job.request.marks.first = time.monotonic()
-                self._ledger.count(len(job.prompt.ids), completion_tokens=1, tokens_after_cancel=int(job.cancelled))
-                self._reading.remove(job)
-                self._running.append(job)
-                self._take(job, token)
-
-    def _advance(self, jobs: Sequence[Job]) -> None:
-        tokens = self._computed(self._decoder.advance, jobs)
-        made = [job for job, token in zip(jobs, tokens, strict=True) if isinstance(token, int)]
-        late = sum(job.cancelled for job in made)
-        self._ledger.count(completion_tokens=len(made), tokens_after_cancel=late)
-        for job, token in zip(jobs, tokens, strict=True):
-            if isinstance(token, Exception):
-                self._fail(job, token)
-            elif token is not None:
-                self._take(job, token)
-
-    def _computed(
-        self, compute: Callable[[Sequence[Job]], Sequence[int | Exception | None]], jobs: Sequence[Job]
-    ) -> Sequence[int | Exception | None]:
-        try:
-            tokens = compute(jobs)
-        except Exception as fault:  # the border to the libraries
-            self._broken += 1
-            return [fault] * len(jobs)
-        if any(isinstance(token, int) for token in tokens):
-            self._broken = 0
-        return tokens
 
     def _take(self, job: Job, token: int) -> None:
         """Turn a token into text, and see whether it was the last."""

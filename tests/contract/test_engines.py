@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import transformers
 
 from serve_app.domain.catalog import Capability, ModelInfo
 from serve_app.domain.continuation import Continuation
@@ -48,7 +49,18 @@ def tiny_chat(tmp_path_factory: pytest.TempPathFactory) -> ModelInfo:
     return inspect(path, "tiny")
 
 
-@pytest.fixture(params=["scripted", "transformers"])
+@pytest.fixture(scope="session")
+def tiny_batched(tmp_path_factory: pytest.TempPathFactory) -> ModelInfo:
+    """A model that the slots refuse."""
+    bloom = transformers.BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4)
+    path = tiny_models.save_causal(tmp_path_factory.mktemp("store") / "tiny", bloom, eos_token_id=None)
+    return replace(inspect(path, "tiny"), context_length=512)
+
+
+MODELS = {"slots": "tiny_chat", "batch": "tiny_batched"}
+
+
+@pytest.fixture(params=["scripted", *MODELS])
 async def make_engine(request: pytest.FixtureRequest) -> AsyncIterator[MakeEngine]:
     made: list[Engine] = []
 
@@ -58,8 +70,9 @@ async def make_engine(request: pytest.FixtureRequest) -> AsyncIterator[MakeEngin
             info = ModelInfo("tiny", "", context_length=512, capabilities=chat, revision="1")
             options = EngineOptions(**settings, extra=(("tokens", FOREVER), ("pace", 0.001)))
         else:
-            info, options = request.getfixturevalue("tiny_chat"), EngineOptions(**settings)
-        made.append(await asyncio.to_thread(create, request.param, info, options))
+            info, options = request.getfixturevalue(MODELS[request.param]), EngineOptions(**settings)
+        name = "transformers" if request.param in MODELS else request.param
+        made.append(await asyncio.to_thread(create, name, info, options))
         return made[-1]
 
     yield make

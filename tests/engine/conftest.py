@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from serve_app.domain.generation import Accepted, Delta, Finish, GenerationRequest, Item, Message, Options
 from serve_app.engines.base import EngineOptions
@@ -16,6 +17,12 @@ from serve_app.engines.transformers import TransformersEngine, create
 from tests.engine import tiny_models
 
 MakeEngine = Callable[..., Awaitable[TransformersEngine]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Models this small gain nothing from a second thread, and lose much to it on a busy machine."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

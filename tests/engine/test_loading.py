@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from serve_app.domain.errors import InvalidConfig, ModelLoadFailed, ModelUnsafe, RotundaError
 from serve_app.engines import memory
+from serve_app.engines import transformers as transformers_engine
 from serve_app.engines.base import EngineOptions
 from serve_app.engines.discovery import discover, inspect
 from serve_app.engines.loading import load, set_threads
@@ -103,6 +105,15 @@ def test_a_model_found_in_a_store_with_links_loads(model: Path) -> None:
         assert load(info, EngineOptions()).info.id == info.id
 
 
+@pytest.mark.parametrize("rounds", [40, 400], ids=["slow", "slower"])
+def test_a_template_that_takes_too_long_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch, rounds: int) -> None:
+    monkeypatch.setattr(transformers_engine, "TEMPLATE_WAIT_S", 0.5)
+    template = f"{{% for n in range({rounds}) %}}{{% for m in range(99999) %}}{{% endfor %}}{{% endfor %}}Hello"
+    (model / "chat_template.jinja").write_text(template)
+    with pytest.raises(ModelUnsafe, match="more than 100 ms"):
+        create(inspect(model, "org/name"), EngineOptions())
+
+
 def test_code_beside_the_weights_is_never_run(model: Path, tmp_path: Path) -> None:
     witness = tmp_path / "ran"
     (model / "modeling_llama.py").write_text(f"open({str(witness)!r}, 'w')")
@@ -168,14 +179,14 @@ def test_an_unknown_setting_is_refused(model: Path) -> None:
 def test_a_wrong_cache_is_noticed_and_given_up(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from serve_app.engines import decoding
 
-    original = decoding.SoloDecoder._forward
+    original = decoding.Passes._forward
 
-    def forgetful(self: decoding.SoloDecoder, tokens: torch.Tensor, arguments: Any, first: bool) -> Any:
+    def forgetful(self: decoding.Passes, tokens: torch.Tensor, arguments: Any, first: bool) -> Any:
         if self.cached and not first:
             arguments = {"use_cache": True, "attention_mask": arguments["attention_mask"][:, -1:]}
         return original(self, tokens, arguments, first)
 
-    monkeypatch.setattr(decoding.SoloDecoder, "_forward", forgetful)
+    monkeypatch.setattr(decoding.Passes, "_forward", forgetful)
     engine = create(inspect(model, "org/name"), EngineOptions())
     assert "no cache" in engine.description
 
@@ -183,8 +194,8 @@ def test_a_wrong_cache_is_noticed_and_given_up(model: Path, monkeypatch: pytest.
 async def test_without_a_cache_the_tokens_are_the_same(
     make_engine: Make, ask: Callable[..., Awaitable[Any]], tmp_path: Path
 ) -> None:
-    path = tiny_models.save_causal(tmp_path / "m")
-    engine = await make_engine(path)
+    bloom = transformers.BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4)
+    engine = await make_engine(tiny_models.save_causal(tmp_path / "m", bloom))
     cached = await ask(engine, "Hello")
-    engine._worker._decoder.cached = False  # type: ignore[attr-defined]
+    engine._worker._decoder._passes.cached = False  # type: ignore[attr-defined]
     assert (await ask(engine, "Hello")).ids == cached.ids

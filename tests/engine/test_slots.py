@@ -12,7 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from serve_app.domain.errors import ContextLengthExceeded, GenerationFailed, ProviderUnavailable, RotundaError
+from serve_app.domain.errors import (
+    ContextLengthExceeded,
+    GenerationFailed,
+    MemoryExceeded,
+    ProviderUnavailable,
+    RotundaError,
+)
 from serve_app.domain.generation import Delta, Finish, GenerationRequest, Image, Message, Options
 from serve_app.engines import slots
 from serve_app.engines.sampling import Sampler
@@ -150,7 +156,7 @@ async def test_a_pass_that_fails_ends_all_and_the_engine_goes_on(
     engine = await make_engine(endless, max_concurrency=4)
     alone = await ask(engine, "Hello", max_tokens=30)
     loop = decoder_of(engine).loop
-    step = loop.step
+    run = loop.run
 
     def broken(*args: Any) -> torch.Tensor:
         raise RuntimeError("out of memory")
@@ -158,10 +164,10 @@ async def test_a_pass_that_fails_ends_all_and_the_engine_goes_on(
     for failures in range(3):
         tasks = [asyncio.create_task(ask(engine, f"Hello {n}", max_tokens=200)) for n in range(3)]
         await until(lambda: engine.counters().running == 3)
-        monkeypatch.setattr(loop, "step", broken)
+        monkeypatch.setattr(loop, "run", broken)
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(outcome, RotundaError) for outcome in outcomes)
-        monkeypatch.setattr(loop, "step", step)
+        monkeypatch.setattr(loop, "run", run)
         assert held_rows(engine) == 0
         if failures < 2:
             assert (await ask(engine, "Hello", max_tokens=30)).text == alone.text
@@ -191,22 +197,20 @@ async def test_a_long_prompt_is_read_beside_running_streams_and_can_be_cancelled
     monkeypatch.setattr(Pace, "allowance", lambda self, running, reading: 8)
     engine = await make_engine(endless, max_concurrency=2)
     loop = decoder_of(engine).loop
-    order: list[str] = []
-    for name in ("read", "step"):
-        original = getattr(loop, name)
+    passes: list[list[int]] = []
+    original = loop.run
 
-        def noted(*args: Any, name: str = name, original: Any = original) -> torch.Tensor:
-            order.append(name)
-            found: torch.Tensor = original(*args)
-            return found
+    def noted(feeds: Any) -> torch.Tensor:
+        passes.append([len(feed.tokens) for feed in feeds])
+        return original(feeds)
 
-        monkeypatch.setattr(loop, name, noted)
+    monkeypatch.setattr(loop, "run", noted)
     running = asyncio.create_task(ask(engine, "Hello", max_tokens=250))
     await until(lambda: engine.counters().completion_tokens > 3)
-    order.clear()
+    passes.clear()
     await ask(engine, "0 1 2 3 4 5 6 7 8 9 " * 8, max_tokens=2)
-    between = "".join(name[0] for name in order)
-    assert "rr" not in between and between.count("r") > 10  # a step of the others between any two pieces
+    reading = [sizes for sizes in passes if max(sizes) > 1]
+    assert len(reading) > 10 and all(sizes[0] == 1 and sizes[1] <= 8 for sizes in reading)  # with a step of the other
 
     doomed = asyncio.create_task(ask(engine, "9 8 7 6 5 4 3 2 1 0 " * 8, max_tokens=2))
     await until(lambda: held_rows(engine) == 2)
@@ -222,13 +226,13 @@ async def test_an_idle_engine_reads_a_prompt_in_one_pass(make_engine: Make, ask:
     engine = await make_engine(endless)
     loop = decoder_of(engine).loop
     sizes: list[int] = []
-    original = loop.read
+    original = loop.run
 
-    def read(seats: Any, most: int) -> torch.Tensor:
-        sizes.append(most)
-        return original(seats, most)
+    def run(feeds: Any) -> torch.Tensor:
+        sizes.extend(len(feed.tokens) for feed in feeds if len(feed.tokens) > 1)
+        return original(feeds)
 
-    loop.read = read  # type: ignore[method-assign]
+    loop.run = run  # type: ignore[method-assign]
     for digit in "12":
         reply = await ask(engine, f"{digit} " * 100)
         assert sizes.pop() > 190 and not sizes and reply.finish.usage.cached_tokens < 10
@@ -253,14 +257,37 @@ def test_the_pace_lets_running_streams_wait_no_longer_than_a_step() -> None:
     pace = Pace()
     assert pace.allowance(running=4, reading=1) == MAX_CHUNK
     for _ in range(50):
-        pace.stepped(0.010)
-        pace.read(tokens=100, seconds=0.010)
-    assert pace.allowance(running=4, reading=1) == 80
-    assert pace.allowance(running=4, reading=8) == 320
+        pace.passed(steps=4, tokens=0, seconds=0.010)
+        pace.passed(steps=4, tokens=100, seconds=0.020)
+    assert pace.allowance(running=4, reading=1) == 48
+    assert pace.allowance(running=4, reading=8) == 240
     assert pace.allowance(running=0, reading=1) == MAX_CHUNK
     for _ in range(50):
-        pace.read(tokens=10, seconds=0.010)
+        pace.passed(steps=0, tokens=10, seconds=0.010)
     assert pace.allowance(running=4, reading=1) == MIN_CHUNK
+
+
+async def test_a_prompt_that_breaks_a_pass_does_not_end_the_running_streams(
+    make_engine: Make, ask: Ask, endless: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = await make_engine(endless, max_concurrency=4)
+    alone = await ask(engine, "Hello", max_tokens=120)
+    loop = decoder_of(engine).loop
+    original = loop.run
+
+    def run(feeds: Any) -> torch.Tensor:
+        if any(len(feed.tokens) > 1 and len(feed.seat.ids) > 300 for feed in feeds):
+            raise RuntimeError("not enough memory")
+        return original(feeds)
+
+    monkeypatch.setattr(loop, "run", run)
+    good = [asyncio.create_task(ask(engine, "Hello", max_tokens=120)) for _ in range(3)]
+    await until(lambda: engine.counters().running == 3)
+    with pytest.raises(MemoryExceeded):
+        await ask(engine, "5 6 7 " * 60)
+    assert not any(task.done() for task in good)
+    assert [(await task).text for task in good] == [alone.text] * 3
+    assert held_rows(engine) == 0
 
 
 async def test_seeds_repeat_in_the_same_company(make_engine: Make, ask: Ask, endless: Path) -> None:

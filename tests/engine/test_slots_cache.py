@@ -21,10 +21,15 @@ def resident() -> int:
     return int(found[1]) * 1024
 
 
+def put(cache: SlotCache, new: torch.Tensor, *places: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """``new``: ``[1, heads, tokens, width]``, for (row, position) each; keys and values afterwards."""
+    rows, positions = torch.tensor(places).T
+    cache.place.set(rows, positions)
+    return cache.update(new, new + 100, 0)
+
+
 def write(cache: SlotCache, row: int, start: int, count: int) -> None:
-    new = torch.ones(1, 4, count, 64)
-    cache.place.set([row], torch.arange(start, start + count)[None], start + count)
-    cache.update(new, new, 0)
+    put(cache, torch.ones(1, 4, count, 64), *((row, start + n) for n in range(count)))
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_NOHUGEPAGE"), reason="needs Linux")
@@ -38,29 +43,28 @@ def test_only_what_is_written_takes_memory_and_emptying_gives_it_back() -> None:
     assert grown >= 16 * MIB
     cache.empty_row(3)
     assert grown - (resident() - before) >= 14 * MIB
-    cache.place.set([3], torch.tensor([[0]]), 64)
-    keys, _ = cache.update(torch.ones(1, 4, 1, 64), torch.ones(1, 4, 1, 64), 0)
-    assert keys[0, :, 0].eq(1).all() and keys[0, :, 1:].eq(0).all()
+    keys, _ = put(cache, torch.ones(1, 4, 1, 64), (3, 0))
+    assert keys[3, :, 0].eq(1).all() and keys[3, :, 1:].eq(0).all()
 
 
 def test_rows_are_written_read_copied_and_swapped() -> None:
     cache = SlotCache(1, rows=5, capacity=32, device="cpu")
-    cache.place.set([1, 2], torch.tensor([[0, 1], [0, 1]]), 16)
-    new = torch.arange(2 * 3 * 2 * 4, dtype=torch.float32).view(2, 3, 2, 4)
-    keys, values = cache.update(new, new + 100, 0)
-    assert keys.shape == (2, 3, 16, 4) and keys[:, :, :2].equal(new) and values[:, :, :2].equal(new + 100)
+    new = torch.arange(3 * 4 * 4, dtype=torch.float32).view(1, 3, 4, 4)
+    keys, values = put(cache, new, (1, 0), (1, 1), (2, 0), (2, 1))
+    assert keys.shape == (5, 3, 32, 4)
+    for row in (1, 2):
+        written = new[0, :, 2 * row - 2 : 2 * row]
+        assert keys[row, :, :2].equal(written) and values[row, :, :2].equal(written + 100)
     cache.copy_row(1, 4, 2)
     cache.swap_rows(1, 2, (2, 1))
-    cache.place.set([4, 1, 2], torch.tensor([[2]] * 3), 16)  # not side by side
-    keys, _ = cache.update(torch.zeros(3, 3, 1, 4), torch.zeros(3, 3, 1, 4), 0)
-    assert keys[0, :, :2].equal(new[0]) and keys[2, :, :2].equal(new[0]) and keys[1, :, :1].equal(new[1, :, :1])
+    keys, _ = put(cache, torch.zeros(1, 3, 3, 4), (4, 2), (1, 2), (2, 2))
+    assert keys[4, :, :2].equal(new[0, :, :2]) and keys[2, :, :2].equal(new[0, :, :2])
+    assert keys[1, :, :1].equal(new[0, :, 2:3]) and keys[1, :, 2].eq(0).all()
 
 
 def test_an_emptied_row_is_zero_where_memory_cannot_be_given_back() -> None:
     cache = SlotCache(1, rows=2, capacity=7, device="cpu")  # rows that fill no page
-    cache.place.set([1], torch.tensor([[0]]), 7)
-    cache.update(torch.full((1, 1, 1, 3), torch.nan), torch.full((1, 1, 1, 3), torch.nan), 0)
+    put(cache, torch.full((1, 1, 1, 3), torch.nan), (1, 0))
     cache.empty_row(1)
-    cache.place.set([1], torch.tensor([[1]]), 7)
-    keys, values = cache.update(torch.ones(1, 1, 1, 3), torch.ones(1, 1, 1, 3), 0)
+    keys, values = put(cache, torch.ones(1, 1, 1, 3), (1, 1))
     assert keys.isfinite().all() and values.isfinite().all()

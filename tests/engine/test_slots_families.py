@@ -18,8 +18,8 @@ import transformers
 from serve_app.domain.catalog import ModelInfo
 from serve_app.domain.generation import GenerationRequest, Message, Options
 from serve_app.engines import slots
+from serve_app.engines.batch import BatchDecoder
 from serve_app.engines.choice import choose
-from serve_app.engines.decoding import SoloDecoder
 from serve_app.engines.loading import Loaded
 from serve_app.engines.prompt import Prompt
 from serve_app.engines.rows import Rows
@@ -66,7 +66,6 @@ RUN: dict[str, Callable[[], Any]] = {
     "phi": lambda: T.PhiConfig(**MHA),
     "phi3": lambda: T.Phi3Config(**BASE),
     "gpt2": lambda: T.GPT2Config(**GPT),
-    "gpt-j": lambda: T.GPTJConfig(**GPT, rotary_dim=8),
     "gpt-neox": lambda: T.GPTNeoXConfig(**MHA),
     "gpt-bigcode": lambda: T.GPTBigCodeConfig(**GPT),
     "opt": lambda: T.OPTConfig(
@@ -80,7 +79,6 @@ RUN: dict[str, Callable[[], Any]] = {
     "olmo2": lambda: T.Olmo2Config(**BASE),
     "granite": lambda: T.GraniteConfig(**BASE),
     "starcoder2": lambda: T.Starcoder2Config(**BASE, sliding_window=None),
-    "falcon, rope": lambda: T.FalconConfig(**MHA, alibi=False, new_decoder_architecture=False, multi_query=False),
     "glm4": lambda: T.Glm4Config(**BASE, head_dim=8),
     "smollm3": lambda: T.SmolLM3Config(**BASE),
     "persimmon": lambda: T.PersimmonConfig(**MHA),
@@ -94,6 +92,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "bloom": (lambda: T.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4), "ALiBi"),
     "mpt": (lambda: T.MptConfig(vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4, max_seq_len=256), "ALiBi"),
     "falcon, alibi": (lambda: T.FalconConfig(**MHA, alibi=True, new_decoder_architecture=False), "ALiBi"),
+    "falcon, rope": (
+        lambda: T.FalconConfig(**MHA, alibi=False, new_decoder_architecture=False, multi_query=False), "shared passes"
+    ),
+    "gpt-j": (lambda: T.GPTJConfig(**GPT, rotary_dim=8), "shared passes"),
     "mamba": (
         lambda: T.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4), "positions"
     ),
@@ -123,7 +125,7 @@ def model_of(config: Any, seed: int = 0) -> Any:
     return model
 
 
-def decoder_of(model: Any, places: int = 4) -> SlotDecoder | SoloDecoder:
+def decoder_of(model: Any, places: int = 4) -> SlotDecoder | BatchDecoder:
     tokenizer = SimpleNamespace(eos_token_id=None)
     loaded = Loaded(model, tokenizer, None, ModelInfo("m", ""), "cpu", "float32", "sdpa")
     with torch.inference_mode():
@@ -150,18 +152,16 @@ def play(decoder: SlotDecoder, arrivals: Sequence[Arrival]) -> list[Job]:
     for turn in range(1000):
         while waiting and waiting[0][0].turn <= turn and len(reading) + len(running) < (decoder.places or 0):
             reading.append(waiting.pop(0)[1])
-        for job, token in zip(reading.copy(), decoder.start(reading), strict=True) if reading else ():
-            assert not isinstance(token, Exception), token
-            if token is not None:
+        for outcomes in decoder.turn(reading.copy(), running.copy()):
+            for job, token in outcomes.items():
+                assert isinstance(token, int), token
                 job.tokens.append(token)
-                reading.remove(job)
-                running.append(job)
+                if job in reading:
+                    reading.remove(job)
+                    running.append(job)
         for job in [job for job in running if len(job.tokens) >= job.prompt.max_tokens]:
             running.remove(job)
             decoder.release(job)
-        for job, token in zip(running, decoder.advance(running), strict=True) if running else ():
-            assert isinstance(token, int), token
-            job.tokens.append(token)
         if not (waiting or reading or running):
             return jobs
     raise TimeoutError
@@ -227,7 +227,7 @@ def test_mixed_traffic_gets_the_tokens_of_generate(family: str, reuse: bool, mon
 def test_what_shared_passes_would_spoil_is_refused_with_the_reason(family: str) -> None:
     make, reason = REFUSED[family]
     decoder = decoder_of(model_of(make()))
-    assert isinstance(decoder, SoloDecoder)
+    assert isinstance(decoder, BatchDecoder)
     assert reason in decoder.description
 
 
@@ -240,4 +240,4 @@ def test_a_model_that_the_gate_lets_pass_and_the_trial_does_not(monkeypatch: pyt
 
     monkeypatch.setattr(model.model.rotary_emb, "forward", forward)
     decoder = decoder_of(model)
-    assert isinstance(decoder, SoloDecoder) and "other tokens" in decoder.description
+    assert isinstance(decoder, BatchDecoder) and "other tokens" in decoder.description
