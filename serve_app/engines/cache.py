@@ -124,6 +124,18 @@ class SlotCache(Cache):  # type: ignore[misc]
         for layer in self._written():
             layer.copy(source, target, tokens)
 
+    def adopt_row(self, row: int, cache: Any, tokens: int) -> None:
+        """Copy into a row what another cache holds of one text.
+
+        Raises:
+            ValueError: it does not hold all of it.
+        """
+        for own, other in zip(self._written(), cache.layers, strict=True):
+            if other.keys.shape[2] != tokens:
+                raise ValueError("the other cache does not hold the whole text")
+            own.keys[row, :, :tokens] = other.keys[0]
+            own.values[row, :, :tokens] = other.values[0]
+
     def swap_rows(self, one: int, other: int, tokens: tuple[int, int]) -> None:
         """Exchange the first tokens of two rows: as many as each holds."""
         for layer in self._written():

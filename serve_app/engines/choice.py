@@ -61,8 +61,11 @@ def _slots(batch: BatchDecoder, passes: Passes, loaded: Loaded, places: int, lim
         rows = places + KEPT_ROWS  # untouched rows take no memory
     else:
         rows = places = max(1, min(places, budget // limit))
-    loop = SlotLoop(loaded.model, gate.LayerKinds.of(loaded.model), rows, limit, budget)
-    return SlotDecoder(batch, passes, loop, places)
+    kinds = gate.LayerKinds.of(loaded.model)
+    loop = SlotLoop(loaded.model, kinds, rows, limit, budget)
+    # A window's own cache forgets what lies outside it, and a row must hold everything.
+    adopts = loaded.processor is not None and set(kinds.windows) == {"full_attention"}
+    return SlotDecoder(batch, passes, loop, places, adopts)
 
 
 def _trial(slots: SlotDecoder, passes: Passes, ids: Sequence[int]) -> str | None:

@@ -2,17 +2,17 @@
 
 Each request holds a row of one cache (:mod:`serve_app.engines.cache`, :mod:`serve_app.engines.rows`). Pieces of prompts
 travel in the passes of the running streams (:mod:`serve_app.engines.packed`), as much as these can bear; what an
-earlier request left in the cache is reused. Requests with images, and models that do not pass
-:mod:`serve_app.engines.gate`, go one pass per request.
+earlier request left in the cache is reused. A prompt with images is read in a pass of its own, and what that leaves
+becomes a row like the others; it is never reused.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from serve_app.engines.batch import BatchDecoder
 from serve_app.engines.cache import SlotCache
 from serve_app.engines.decoding import Passes
 from serve_app.engines.gate import LayerKinds
+from serve_app.engines.pace import BLOCK, MIN_CHUNK, Pace
 from serve_app.engines.packed import Group, exchanged
 from serve_app.engines.rows import Row, Rows, common_length
 from serve_app.engines.sampling import Sampler
@@ -31,13 +32,8 @@ log = logging.getLogger(__name__)
 
 KEPT_ROWS = 16
 """Rows beyond those of running requests, for what finished ones leave."""
-BLOCK = 16
-"""The capacity of a row is a multiple of this, and so are lengths: shapes repeat."""
 WORTH_WAITING = 128
 """Tokens for which a prompt waits until another has read them."""
-MIN_CHUNK, MAX_CHUNK = 16, 512
-SHARE = 0.6
-"""Of a step's time that reading may add to it, on average: single passes vary."""
 PATIENCE = 256
 """Tokens by which a prompt seems shorter for each turn that it was passed over: short ones go first, long ones too."""
 
@@ -67,38 +63,6 @@ class Feed:
     wanted: bool = True
 
 
-class Pace:
-    """How many tokens of prompts may travel in one pass, so that running streams wait little longer than for a step.
-
-    When newcomers outnumber the running streams, more of them wait than would be kept waiting: they get more, by the
-    square of the ratio. Times are smoothed over a few passes.
-    """
-
-    def __init__(self) -> None:
-        self._step_s: float | None = None
-        self._token_s: float | None = None
-
-    def passed(self, steps: int, tokens: int, seconds: float) -> None:
-        """A pass with a step of so many streams, and so many tokens of prompts, took so long."""
-        if not tokens:
-            self._step_s = _smooth(self._step_s, seconds)
-        elif not steps:
-            self._token_s = _smooth(self._token_s, seconds / tokens)
-        elif self._step_s is not None:
-            self._token_s = _smooth(self._token_s, max(0.0, seconds - self._step_s) / tokens)
-
-    def allowance(self, running: int, reading: int) -> int:
-        """Tokens, a multiple of :data:`BLOCK`."""
-        if not running or self._step_s is None or not self._token_s:
-            return MAX_CHUNK
-        tokens = int(SHARE * self._step_s / self._token_s * max(1.0, reading / running) ** 2)
-        return min(MAX_CHUNK, max(MIN_CHUNK, tokens // BLOCK * BLOCK))
-
-
-def _smooth(old: float | None, new: float) -> float:
-    return new if old is None else 0.8 * old + 0.2 * new
-
-
 class SlotLoop:
     """The arithmetic on seats; knows no jobs.
 
@@ -122,6 +86,7 @@ class SlotLoop:
         # What the model passes on as its mask only tells :mod:`packed` which kind is meant.
         self._masks = {kind: torch.zeros(1, 1, 1, 1, device=self._device) for kind in kinds.windows}
         self._cache = SlotCache(len(kinds.layers), rows, self._capacity, self._device)
+        self._unlike = itertools.count(-1, -1)
         self.rows = Rows(rows, budget)
         self.limit = limit
         self.windows = [window for window in kinds.windows.values() if window]
@@ -134,6 +99,14 @@ class SlotLoop:
         if taken.source is not None and taken.source is not taken.row:
             self._cache.copy_row(taken.source.index, taken.row.index, taken.common)
         seat.row, seat.cached = taken.row, taken.common
+
+    def adopt(self, seat: Seat, cache: Any) -> None:
+        """Sit with a prompt that was read elsewhere; ``cache`` holds it, and nothing else."""
+        prompt, seat.ids = seat.ids, [next(self._unlike)] * len(seat.ids)  # no other prompt begins like it
+        self.sit(seat)
+        row = _row(seat)
+        self._cache.adopt_row(row.index, cache, len(prompt))
+        row.ids = list(seat.ids)
 
     def run(self, feeds: Sequence[Feed]) -> torch.Tensor:
         """One pass; the logits ``[feeds that want them, vocabulary]`` after their tokens, in the order of ``feeds``."""
@@ -164,7 +137,7 @@ class SlotLoop:
         positions = torch.tensor(places, device=self._device)
         rows = [_row(feed.seat).index for feed, count in zip(line, counts, strict=True) for _ in range(count)]
         self._cache.place.set(torch.tensor(rows, device=self._device), positions)
-        ends = [end - 1 for end, feed in zip(accumulate(counts), line, strict=True) if feed.wanted]
+        ends = [end - 1 for end, feed in zip(itertools.accumulate(counts), line, strict=True) if feed.wanted]
         wanted = torch.tensor(ends, dtype=torch.long, device=self._device)
         keep = {"logits_to_keep": wanted} if self._kinds.keeps_logits else {}
         masks = self._masks if len(self._masks) > 1 else next(iter(self._masks.values()))
@@ -240,10 +213,14 @@ def _row(seat: Seat) -> Row:
 
 
 class SlotDecoder:
-    """Implements :class:`serve_app.engines.worker.Decoder` with a :class:`SlotLoop`; ``batch`` runs what has images."""
+    """Implements :class:`serve_app.engines.worker.Decoder` with a :class:`SlotLoop`.
 
-    def __init__(self, batch: BatchDecoder, passes: Passes, loop: SlotLoop, places: int) -> None:
+    ``adopts``: whether a row can take what a pass of :class:`Passes` leaves; else ``batch`` runs what has images.
+    """
+
+    def __init__(self, batch: BatchDecoder, passes: Passes, loop: SlotLoop, places: int, adopts: bool = False) -> None:
         self._batch = batch
+        self._adopts = adopts
         self._passes = passes
         self.loop = loop
         self.places: int | None = places
@@ -261,22 +238,38 @@ class SlotDecoder:
 
     def release(self, job: Job) -> None:
         if isinstance(job.state, Seat):
-            self.loop.leave(job.state)
+            self.loop.leave(job.state, spoilt=bool(job.prompt.inputs))
             job.state = None
         else:
             self._batch.release(job)
 
     def turn(self, reading: Sequence[Job], running: Sequence[Job]) -> Iterator[Mapping[Job, int | Exception]]:
         """See :class:`Decoder`: one pass for all that are or will be in the slots, then those with images."""
+        seated = [job for job in running if isinstance(job.state, Seat)]
         with torch.inference_mode():
-            outcomes = self._shared(
-                [job for job in reading if not job.prompt.inputs], [job for job in running if not job.prompt.inputs]
-            )
+            outcomes = self._shared([job for job in reading if not job.prompt.inputs], seated)
         if outcomes:
             yield outcomes
-        yield from self._batch.turn(
-            [job for job in reading if job.prompt.inputs], [job for job in running if job.prompt.inputs]
-        )
+        pictured = [job for job in reading if job.prompt.inputs]
+        if pictured and self._adopts:
+            with torch.inference_mode():
+                outcome = self._look(pictured.pop(0))
+            yield outcome
+            pictured = []
+        yield from self._batch.turn(pictured, [job for job in running if not isinstance(job.state, Seat)])
+
+    def _look(self, job: Job) -> dict[Job, int | Exception]:
+        """Read a prompt with its images, and take what that leaves into a row."""
+        outcomes: dict[Job, int | Exception] = {}
+        if not self._open(job, outcomes):
+            return outcomes
+        try:
+            logits, arguments = self._passes.first([(job.prompt.ids, job.prompt.inputs)])
+            self.loop.adopt(job.state, arguments["past_key_values"])
+        except Exception as fault:  # the border to the libraries
+            self.loop.leave(job.state, spoilt=True)
+            return {job: fault}
+        return dict(zip([job], self._pick([job], logits), strict=True))
 
     def _shared(self, reading: Sequence[Job], running: Sequence[Job]) -> dict[Job, int | Exception]:
         outcomes: dict[Job, int | Exception] = {}

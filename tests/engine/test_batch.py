@@ -16,7 +16,7 @@ from PIL import Image as Pillow
 
 from serve_app.domain.errors import GenerationFailed
 from serve_app.domain.generation import Delta, GenerationRequest, Image, Message, Options
-from serve_app.engines import batch
+from serve_app.engines import batch, gate
 from serve_app.engines.batch import BatchDecoder
 from serve_app.engines.decoding import Passes
 from serve_app.engines.transformers import TransformersEngine
@@ -126,8 +126,11 @@ async def test_an_encoder_reads_texts_of_different_lengths_together(
 
 @pytest.mark.parametrize("save", [tiny_models.save_llava, tiny_models.save_idefics])
 async def test_pictures_of_one_shape_are_read_together_each_with_its_own_text(
-    save: Callable[..., Path], tmp_path: Path, make_engine: Make, ask: Ask, passes: list[int], together: Together
-) -> None:
+    save: Callable[..., Path], tmp_path: Path, make_engine: Make, ask: Ask, passes: list[int], together: Together,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """As with layers that see a window: their caches do not fit the slots."""
+    monkeypatch.setattr(gate, "refusal", lambda model: "for the test")
     engine = await make_engine(save(tmp_path / "m"), max_concurrency=8)
     pictures = [picture(color) for color in ("red", "blue", "green")]
     asked = [

@@ -21,10 +21,12 @@ from serve_app.domain.errors import (
 )
 from serve_app.domain.generation import Delta, Finish, GenerationRequest, Image, Message, Options
 from serve_app.engines import slots
+from serve_app.engines.pace import MAX_CHUNK, MIN_CHUNK, Pace
 from serve_app.engines.sampling import Sampler
-from serve_app.engines.slots import MAX_CHUNK, MIN_CHUNK, Pace, SlotDecoder
+from serve_app.engines.slots import SlotDecoder
 from serve_app.engines.transformers import TransformersEngine
 from tests.engine import tiny_models
+from tests.pictures import encoded, photo
 
 Make = Callable[..., Awaitable[TransformersEngine]]
 Ask = Callable[..., Awaitable[Any]]
@@ -102,8 +104,6 @@ async def test_a_common_system_prompt_is_read_once_even_by_those_who_come_togeth
 
 
 async def test_what_was_read_with_an_image_is_never_reused(make_engine: Make, ask: Ask) -> None:
-    from tests.pictures import encoded
-
     engine = await make_engine("vision")
     assert "continuous batching" in engine.description
     picture = Message.of("user", "What is this?", (Image("image/png", encoded("PNG")),))
@@ -111,6 +111,27 @@ async def test_what_was_read_with_an_image_is_never_reused(make_engine: Make, as
         assert (await ask(engine, picture)).finish.usage.cached_tokens == 0
     both = await asyncio.gather(ask(engine, picture), ask(engine, "Hello"), ask(engine, picture))
     assert [reply.finish.usage.completion_tokens > 0 for reply in both] == [True] * 3
+    assert held_rows(engine) == 0
+
+
+@pytest.mark.parametrize("save", [tiny_models.save_llava, tiny_models.save_idefics])
+async def test_replies_about_pictures_share_the_steps_of_the_others(
+    save: Callable[..., Path], tmp_path: Path, make_engine: Make, ask: Ask
+) -> None:
+    engine = await make_engine(save(tmp_path / "m"), max_concurrency=8)
+    asked = [Message.of("user", f"What is this, {n}?", (Image("image/png", photo("PNG")),)) for n in range(3)]
+    alone = [(await ask(engine, message, max_tokens=40)).ids for message in (*asked, "Hello")]
+    loop, sizes = decoder_of(engine).loop, []
+    original = loop.run
+
+    def run(feeds: Any) -> torch.Tensor:
+        sizes.append(len(feeds))
+        return original(feeds)
+
+    loop.run = run  # type: ignore[method-assign]
+    replies = await asyncio.gather(*(ask(engine, message, max_tokens=40) for message in (*asked, "Hello")))
+    assert [reply.ids for reply in replies] == alone
+    assert max(sizes) == 4
 
 
 async def test_memory_for_what_is_kept_is_bounded(make_engine: Make, ask: Ask, endless: Path) -> None:
