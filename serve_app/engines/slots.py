@@ -20,7 +20,7 @@ import torch
 from serve_app.domain.errors import ContextLengthExceeded
 from serve_app.engines.batch import BatchDecoder
 from serve_app.engines.cache import SlotCache
-from serve_app.engines.decoding import Passes
+from serve_app.engines.decoding import Begun, Passes
 from serve_app.engines.gate import LayerKinds
 from serve_app.engines.pace import BLOCK, MIN_CHUNK, Pace
 from serve_app.engines.packed import Group, exchanged
@@ -264,7 +264,7 @@ class SlotDecoder:
         if not self._open(job, outcomes):
             return outcomes
         try:
-            logits, arguments = self._passes.first([(job.prompt.ids, job.prompt.inputs)])
+            logits, arguments = self._passes.first([Begun.of(job)])
             self.loop.adopt(job.state, arguments["past_key_values"])
         except Exception as fault:  # the border to the libraries
             self.loop.leave(job.state, spoilt=True)
