@@ -17,6 +17,7 @@ from serve_app.domain.catalog import Entry, ModelState
 from serve_app.domain.errors import ModelNotFound, error_from_dict
 from serve_app.domain.rotation_effects import Effect, Load, Log, Retire
 from serve_app.domain.rotation_events import Event, Gone, Heartbeat, LoadFailed
+from serve_app.telemetry.figures import departure
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class Effects:
         applications: of discovered models.
         tell: takes the events.
         loaded: whether a replica of an application has come up, by what was last heard.
+        evicted: counts a model that leaves, with the kind of the reason.
     """
 
     def __init__(
@@ -43,11 +45,13 @@ class Effects:
         applications: Applications,
         tell: Callable[[Event], None],
         loaded: Callable[[str], bool],
+        evicted: Callable[[str, str], None] = lambda model, why: None,
     ) -> None:
         self._offer = offer
         self._applications = applications
         self._tell = tell
         self._loaded = loaded
+        self._evicted = evicted
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.counts: Counter[str] = Counter()
@@ -59,6 +63,7 @@ class Effects:
                 self.load(effect.model)
             case Retire():
                 self.abandon(effect.model)
+                self._evicted(effect.model.partition("/")[2], departure(effect.reason))
                 self._spawn(self._retire(effect))
             case Log():
                 self.counts[effect.kind] += 1

@@ -82,6 +82,7 @@ class ModelReplica:
             loop.create_task(forever(self._report, HEARTBEAT_S)),
             loop.create_task(forever(self._reporter.report, REPORT_S)),
         ]
+        self._trace.progress("permit", 0.0)
         if await self._may_load():
             await self._load()
 
@@ -124,7 +125,9 @@ class ModelReplica:
         await self._report()
 
     def _create(self) -> Engine:
+        self._trace.progress("find", 0.0)
         info = self._find()
+        self._trace.progress("import", 0.0)
         options = EngineOptions(**self._args.engine_options())
         if self._args.num_gpus and self._settings.hf_enable_gpu:
             options = replace(options, extra=(*options.extra, ("use_gpu", True)))

@@ -68,7 +68,7 @@ class Reporter:
         """Send what is new; what the router does not take is sent again with the next report."""
         outgoing = self.tracing.outgoing
         self._unsent += rows_of(outgoing.drain())
-        figures = self.tracing.metrics.snapshot()
+        figures = self.tracing.metrics.snapshot() if self.tracing.measures else b""
         changed = figures != self._figures
         self._silent_s += REPORT_S
         if not (self._unsent or changed or leaves or self._silent_s >= LONGEST_SILENCE_S):

@@ -87,7 +87,9 @@ class Router(Desk):
         rotation = Rotation(clock(), _limits(self._settings), generation=self._generation)
         self._applications = Applications(self._platform.max_deployed, self._platform.keep_deployed_s, clock)
         self._rotor = Rotor(rotation, lambda effect: self._effects(effect), clock)
-        self._effects = Effects(self._offer, self._applications, self._rotor.tell, self._has_replica)
+        self._effects = Effects(
+            self._offer, self._applications, self._rotor.tell, self._has_replica, self.tracing.metrics.evicted
+        )
         learned = self._recollection.of_models()
         self._enrolment = Enrolment(self._offer, self._rotor, self._settings, self._nodes, learned)
         self._replicas = Replicas(self._offer, self._rotor, self._fleet, self._nodes.name_of)

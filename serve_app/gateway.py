@@ -29,7 +29,7 @@ from serve_app.domain.rotation_view import HISTORY, RotationView
 from serve_app.domain.routing import Admission, Ask, Candidate, Granted, Lease, Route, Waiting
 from serve_app.leases import Leases, RouterAway
 from serve_app.telemetry.recording import Record
-from serve_app.telemetry.tracing import Trail
+from serve_app.telemetry.tracing import Trail, unquoted
 from serve_app.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -257,10 +257,12 @@ class Gateway:
             return
         ticket = f"{ask.ticket}-{secrets.token_hex(4)}"
         again = replace(ask, ticket=ticket, model=candidate.entry.full_name, fallbacks=(), alone=True)
-        async with aclosing(self._wait(again, None, record)) as news:
-            async for item in news:
-                if not isinstance(item, Granted):
-                    yield item
+        with record.securing():
+            async with aclosing(self._wait(again, None, record)) as news:
+                async for item in news:
+                    if not isinstance(item, Granted):
+                        record.heard(item)
+                        yield item
 
     def _lease_on(self, entry: Entry) -> Lease:
         """The lease under which a model is called now. Nothing may come between this and the call.
@@ -309,7 +311,7 @@ class Gateway:
                 except (asyncio.CancelledError, GeneratorExit):
                     self._breakers.released(candidate.entry)
                     raise
-                logger.warning("attempt %d on %s failed: %s", failures, candidate.name, failure)
+                logger.warning("attempt %d on %s failed: %s", failures, candidate.name, unquoted(failure))
                 if delay is None:
                     yield Switched(candidate.name, candidates[rank + 1].name, failure.message)
                     break

@@ -26,6 +26,7 @@ from serve_app.domain.errors import (
 )
 from serve_app.replies import LiveReply, NewReply
 from serve_app.store.records import new_id
+from serve_app.telemetry.tracing import Trail
 
 TITLE_LENGTH = 60
 
@@ -84,10 +85,12 @@ class Streams:
             session.conversation_id, token=token_of(request), address=address_of(request)
         )
         reply = services.sessions.find(session_id)
+        trace = trace_of(request.scope)
+        trace.follows(session.trace_id, session.id)
         if reply is not None:
             if after > len(reply.stream.events):
                 raise InvalidInput(f"This stream has no event {after} yet.")
-            return EventStream(_encoded(reply, after), self._heartbeat_s)
+            return EventStream(_followed(trace, _encoded(reply, after)), self._heartbeat_s)
         if session.status is SessionStatus.ACTIVE:
             # It may have ended between the two looks.
             session = await services.store.get_session(session_id)
@@ -96,7 +99,7 @@ class Streams:
                 "Another server of this cluster is writing this reply. Try again, or come back when it is done.",
                 details={"retryAfterS": 2},
             )
-        return EventStream(_recorded(session, after), self._heartbeat_s)
+        return EventStream(_followed(trace, _recorded(session, after)), self._heartbeat_s)
 
     async def terminate(self, request: Request) -> Response:
         """``POST /api/terminate-stream``: end a stream wherever it runs; the partial reply is kept."""
@@ -139,6 +142,14 @@ async def _encoded(reply: LiveReply, after: int) -> AsyncGenerator[bytes, None]:
     async with aclosing(reply.stream.follow(after)) as events:
         async for numbered in events:
             yield encode(numbered)
+
+
+async def _followed(trace: Trail, chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """For whoever comes back to a reply: the time of the following is a trace of its own."""
+    with trace.phase("stream.follow"):
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield chunk
 
 
 async def _recorded(session: StreamSession, after: int) -> AsyncGenerator[bytes, None]:

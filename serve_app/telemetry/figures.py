@@ -61,6 +61,23 @@ def breaker_figures(states: Mapping[str, Circuit]) -> Iterator[Metric]:
     )
 
 
+_DEPARTURES = {
+    "room for ": "room",
+    " has waited for ": "waited",
+    "it was idle": "idle",
+    "memory is short": "memory",
+    "its load failed": "load_failed",
+    "an operator": "operator",
+    "its files have changed": "changed",
+}
+"""Why models leave memory: from the rotation's words, which name models and times, to a few that can be counted."""
+
+
+def departure(reason: str) -> str:
+    """The kind of a reason that the rotation gave for a retirement; "other" for one that is not known here."""
+    return next((kind for words, kind in _DEPARTURES.items() if words in reason), "other")
+
+
 def fleet_figures(view: FleetView) -> Iterator[Metric]:
     """What the replicas said last: states, work, measured memory."""
     states = Counter(status.state.value for status in view.models)

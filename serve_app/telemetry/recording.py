@@ -23,6 +23,9 @@ from serve_app.telemetry.logs import about
 from serve_app.telemetry.propagation import TraceContext, from_carrier
 from serve_app.telemetry.tracing import CLIENT, Attributes, Tracing, Trail, error_type
 
+SENT = "rotunda-sent"
+"""In the carrier: when the call was made, in nanoseconds since the epoch."""
+
 
 class Record:
     """The clock and the trail of one reply. As a context manager it ends the span ``chat {model}``, however that ends.
@@ -67,6 +70,12 @@ class Record:
                 yield
         finally:
             self.admitted = self._clock()
+
+    @contextmanager
+    def securing(self) -> Iterator[None]:
+        """Until the router grants another candidate than the one that it granted at first."""
+        with (self._chat or self.trail).phase("rotation.wait") as self._wait:
+            yield
 
     def heard(self, news: Queued | Loading) -> None:
         """What the request waits for."""
@@ -117,7 +126,7 @@ class Record:
             {} if self._last is None else {"retried": self._last},
             {semconv.ATTEMPT: self._attempts, semconv.MODEL: candidate.name, semconv.REASON: candidate.reason},
         )
-        self.carrier, self._last = trail.carrier(), trail.context
+        self.carrier, self._last = trail.carrier() | {SENT: str(time.time_ns())}, trail.context
         try:
             yield
         except BaseException as error:
@@ -200,7 +209,7 @@ def generation(
     Yields:
         The request as the engine gets it: with marks to fill in, and the carrier for whatever it calls.
     """
-    trail = tracing.continued(f"generate {model}", request.trace)
+    trail = tracing.continued(f"generate {model}", request.trace, sent=request.trace.get(SENT))
     began, offset_ns = time.monotonic(), time.time_ns() - time.monotonic_ns()
     about(trace_id=trail.trace_id, model=model)
     marks = Marks()
@@ -228,11 +237,14 @@ class Load:
         """For the requests that waited for it."""
 
     def progress(self, part: str, fraction: float) -> None:
-        """A part ("import", "weights", "warmup") has come so far, from 0 to 1. From any thread."""
+        """A part ("permit", "find", "import", "weights", "warmup") has come so far, from 0 to 1. From any thread.
+
+        One part follows the other; what lies between two belongs to the earlier one.
+        """
         if part not in self._parts:
+            for earlier in self._parts.values():
+                earlier.end()
             self._parts[part] = self._trail.child(f"model.{part}")
-        if fraction >= 1:
-            self._parts[part].end()
 
     def end(self, failure: RotundaError | None) -> None:
         for part in self._parts.values():
@@ -244,14 +256,17 @@ class Load:
 
 def _phases(marks: Marks, began: float, ended: float, remote: bool) -> Iterator[tuple[str, float, float]]:
     """Name, begin and end of every phase that the request reached."""
+    # An event loop's clock may lag behind the real one by a turn of the loop.
+    started = began if remote else min(max(marks.started or ended, began), ended)
+    first = min(max(marks.first or ended, started), ended)
     if remote:
-        yield "upstream.wait", began, marks.first or ended
+        yield "upstream.wait", began, first
     else:
-        yield "engine.queue", began, marks.started or ended
+        yield "engine.queue", began, started
         if marks.started is not None:
-            yield "prefill", marks.started, marks.first or ended
+            yield "prefill", started, first
     if marks.first is not None:
-        yield ("upstream.stream" if remote else "decode"), marks.first, ended
+        yield ("upstream.stream" if remote else "decode"), first, ended
 
 
 def _asked(request: GenerationRequest, candidates: tuple[Candidate, ...]) -> Attributes:

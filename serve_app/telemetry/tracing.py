@@ -6,7 +6,7 @@ processes it travels as a W3C carrier in the request.
 
 The ingress decides once whether a trace is recorded (``OTEL_TRACES_SAMPLER``); everybody else obeys the flag in the
 carrier. Spans leave through OTLP when ``OTEL_EXPORTER_OTLP_ENDPOINT`` (or the one for traces) is set; otherwise they
-wait in :class:`Outgoing` for the process's next report to the router, which keeps them
+wait in :class:`~serve_app.telemetry.pipeline.Outgoing` for the process's next report to the router, which keeps them
 (:mod:`serve_app.telemetry.spans`).
 """
 
@@ -17,16 +17,13 @@ import logging
 import os
 import socket
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider, sampling
-from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+from opentelemetry.sdk.trace import SpanProcessor, TracerProvider, sampling
 from opentelemetry.trace import Link, NonRecordingSpan, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 from opentelemetry.util.types import AttributeValue
 
@@ -35,86 +32,15 @@ from serve_app.domain.errors import InvalidInput, ProviderError, RotundaError
 from serve_app.telemetry import semconv
 from serve_app.telemetry.logs import about
 from serve_app.telemetry.metrics import Labels, Metric, Metrics, counter
+from serve_app.telemetry.pipeline import Ids, OneDecision, Outgoing
 from serve_app.telemetry.propagation import TraceContext, from_carrier, new_trace
 
 logger = logging.getLogger(__name__)
 
 SERVER, CLIENT, INTERNAL = SpanKind.SERVER, SpanKind.CLIENT, SpanKind.INTERNAL
-MOST_WAITING = 8192
-"""Ended spans that wait for the next report; more are dropped and counted."""
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 Attributes = Mapping[str, AttributeValue | None]
-
-
-class OneDecision(sampling.Sampler):
-    """Asks the configured sampler for traces that begin here; whatever hangs below a span of ours follows it.
-
-    A parent from outside the platform is marked as remote, and is no span of ours.
-    """
-
-    def __init__(self, configured: sampling.Sampler) -> None:
-        self._configured = configured
-
-    def should_sample(
-        self,
-        parent_context: Context | None,
-        trace_id: int,
-        name: str,
-        kind: SpanKind | None = None,
-        attributes: Any = None,
-        links: Sequence[Link] | None = None,
-        trace_state: Any = None,
-    ) -> sampling.SamplingResult:
-        parent = trace.get_current_span(parent_context).get_span_context()
-        if parent.is_valid and not parent.is_remote:
-            decision = sampling.Decision.RECORD_AND_SAMPLE if parent.trace_flags.sampled else sampling.Decision.DROP
-            return sampling.SamplingResult(decision, attributes)
-        return self._configured.should_sample(parent_context, trace_id, name, kind, attributes, links, trace_state)
-
-    def get_description(self) -> str:
-        return f"OneDecision({self._configured.get_description()})"
-
-
-class Ids(RandomIdGenerator):
-    """Random ids, but for a span whose id must be known elsewhere (see :meth:`TraceContext.of_session`)."""
-
-    given: int | None = None
-
-    def generate_span_id(self) -> int:
-        given, self.given = self.given, None
-        return given or super().generate_span_id()
-
-
-class Outgoing(SpanProcessor):
-    """Counts the spans of the process and, where nothing exports them, holds the ended ones for its next report."""
-
-    def __init__(self, keep: bool) -> None:
-        self._keep = keep
-        self._ended: deque[ReadableSpan] = deque()
-        self.started = self.ended = self.dropped = 0
-
-    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
-        self.started += 1
-
-    def on_end(self, span: ReadableSpan) -> None:
-        self.ended += 1
-        if not self._keep:
-            return
-        if len(self._ended) < MOST_WAITING:
-            self._ended.append(span)
-        else:
-            self.dropped += 1
-
-    @property
-    def open(self) -> int:
-        """Spans that have begun and not ended."""
-        return self.started - self.ended
-
-    def drain(self) -> list[ReadableSpan]:
-        """The spans that ended since the last call."""
-        ended, self._ended = self._ended, deque()
-        return list(ended)
 
 
 class Tracing:
@@ -129,6 +55,8 @@ class Tracing:
         self.metrics.watch(self._figures)
         self.capture = capture
         """Whether spans may hold prompts and replies."""
+        self.measures = True
+        """Whether figures are told."""
 
     def __repr__(self) -> str:
         return f"Tracing(on={self._provider is not None}, open={self.outgoing.open})"
@@ -153,9 +81,13 @@ class Tracing:
             instance: this process, unique in the cluster.
             environ: read for what is decided here; the SDK reads the rest from the process's own environment.
         """
-        exporter = environ.get("OTEL_TRACES_EXPORTER", "").strip().lower()
-        if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true" or exporter == "none":
-            return cls.off()
+        off = environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+        made = cls.off() if off or _none(environ, "OTEL_TRACES_EXPORTER") else cls._made(role, instance, environ)
+        made.measures = not off and not _none(environ, "OTEL_METRICS_EXPORTER")
+        return made
+
+    @classmethod
+    def _made(cls, role: str, instance: str, environ: Mapping[str, str]) -> Tracing:
         exports = exports_elsewhere(environ)
         ids, outgoing = Ids(), Outgoing(keep=not exports)
         provider = TracerProvider(
@@ -181,12 +113,19 @@ class Tracing:
         """A trace of its own, for work that belongs to no single request."""
         return self._begin(name, INTERNAL, Context(), (), attributes)
 
-    def continued(self, name: str, carrier: Mapping[str, str], attributes: Attributes | None = None) -> Trail:
-        """The span of a request that another process of the platform sent here."""
+    def continued(self, name: str, carrier: Mapping[str, str], sent: str | None = None) -> Trail:
+        """The span of a request that another process of the platform sent here.
+
+        ``sent``: when it did, in nanoseconds since the epoch; the way here is a span ``call`` beside this one.
+        """
         given = from_carrier(carrier)
         if given is None or not given.sampled:
             return Trail(given or new_trace(sampled=False), self)
-        return self._begin(name, SERVER, _context(given, remote=False), (), attributes)
+        parent = _context(given, remote=False)
+        now = time.time_ns()
+        if sent is not None and int(sent) <= now:
+            self._begin("call", INTERNAL, parent, start_ns=int(sent)).end(at_ns=now)
+        return self._begin(name, SERVER, parent, start_ns=now)
 
     def _begin(
         self,
@@ -250,7 +189,7 @@ class Trail:
     @property
     def metrics(self) -> Metrics | None:
         """Of the process; None for a trail that belongs to none."""
-        return self._tracing.metrics if self._tracing is not None else None
+        return self._tracing.metrics if self._tracing is not None and self._tracing.measures else None
 
     def carrier(self) -> dict[str, str]:
         """For the next hop."""
@@ -311,6 +250,13 @@ class Trail:
             link = _link(context, what)
             self._span.add_link(link.context, link.attributes)
 
+    def follows(self, trace_id: str | None, session_id: str) -> None:
+        """The work goes on with a session that another trace began."""
+        self.note({semconv.SESSION: session_id})
+        about(session=session_id)
+        if trace_id:
+            self.link("session", TraceContext.of_session(trace_id, session_id))
+
     def fail(self, error: BaseException) -> None:
         """Note how the work ended: an error by its code, an end that somebody wanted as cancelled."""
         if self._span is None:
@@ -319,7 +265,7 @@ class Trail:
             self._span.set_attribute(semconv.CANCELLED, True)
             return
         self._span.set_attribute(semconv.ERROR_TYPE, error_type(error))
-        self._span.set_status(Status(StatusCode.ERROR, _description(error)))
+        self._span.set_status(Status(StatusCode.ERROR, unquoted(error) if isinstance(error, RotundaError) else None))
         if not isinstance(error, RotundaError):
             self._span.set_attribute(semconv.EXCEPTION_TYPE, type(error).__qualname__)
 
@@ -376,10 +322,13 @@ def exports_elsewhere(environ: Mapping[str, str] = os.environ) -> bool:
     return any(environ.get(name) for name in ENDPOINTS)
 
 
-def _description(error: BaseException) -> str | None:
-    """An error in words, but for those that may quote what was asked or answered."""
-    quotes = isinstance(error, InvalidInput | ProviderError) or not isinstance(error, RotundaError)
-    return None if quotes else str(error)
+def unquoted(error: RotundaError) -> str:
+    """An error for a log or a span: in words, but for those that may quote what was asked or answered."""
+    return error.code if isinstance(error, InvalidInput | ProviderError) else error.message
+
+
+def _none(environ: Mapping[str, str], name: str) -> bool:
+    return environ.get(name, "").strip().lower() == "none"
 
 
 def _otlp() -> SpanProcessor:

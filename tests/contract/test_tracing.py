@@ -75,4 +75,4 @@ async def test_a_reply_is_one_trace_with_every_phase_in_its_place(
     assert (chat["gen_ai.request.temperature"], chat["gen_ai.response.finish_reasons"]) == (0.5, ["stop"])
     assert [row.name for row in trace.rows if USAGE in trace.attributes(row)] == ["chat test/chat"]
     assert trace.attributes(trace.root)["http.response.status_code"] == 200
-    assert len(trace.rows) <= 14
+    assert len(trace.rows) <= 15

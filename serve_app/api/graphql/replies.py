@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 
 from serve_app.api.graphql.context import Context
 from serve_app.api.graphql.inputs import MessageInput
@@ -30,11 +30,13 @@ def _not_too_long(text: str, settings: Settings) -> str:
 async def start(context: Context, wanted: MessageInput) -> LiveReply:
     """Store the message and begin its reply. Raises what makes that impossible; then nothing was stored."""
     services = context.services
-    conversation = await context.conversation(wanted.conversation_id, wanted.password, wanted.token)
-    check = _not_too_long if wanted.images else checked_text
-    check(wanted.message, services.settings)
-    options = wanted.options.checked() if wanted.options else generation.Options()
-    async with services.intake.receive(wanted.images or []) as received:
+    async with AsyncExitStack() as block:
+        with context.trace.phase("request.read"):
+            conversation = await context.conversation(wanted.conversation_id, wanted.password, wanted.token)
+            check = _not_too_long if wanted.images else checked_text
+            check(wanted.message, services.settings)
+            options = wanted.options.checked() if wanted.options else generation.Options()
+            received = await block.enter_async_context(services.intake.receive(wanted.images or []))
         return await services.sessions.start(_new_reply(context, wanted, conversation, options, received))
 
 

@@ -92,8 +92,8 @@ def test_a_span_of_a_known_session_is_found_by_its_record(tracing: Tracing) -> N
     ("error", "type", "said"),
     [
         (DeadlineExceeded.during("idle", 5), "TIMEOUT", "The model took longer"),
-        (InvalidInput("'canary' is no number"), "INVALID_INPUT", None),
-        (ProviderError("it said: canary"), "PROVIDER_ERROR", None),
+        (InvalidInput("'canary' is no number"), "INVALID_INPUT", "INVALID_INPUT"),
+        (ProviderError("it said: canary"), "PROVIDER_ERROR", "PROVIDER_ERROR"),
         (ValueError("canary"), "INTERNAL", None),
     ],
 )
