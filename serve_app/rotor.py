@@ -22,7 +22,7 @@ from serve_app.domain.routing import Lease
 logger = logging.getLogger(__name__)
 
 Answer = Grant | Refuse | Notify
-QUIET = frozenset({"used", "grant", "queued"})
+QUIET = frozenset({"grant", "queued"})
 """What happens with every request is not logged."""
 HOLD_S = 0.5
 """How long a gateway's call is kept open for news."""

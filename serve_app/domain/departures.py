@@ -83,7 +83,7 @@ class Departures:
         state, resident = self._state, self._state.residency.residents.get(event.model)
         if event.uses > 0 and event.model in state.residency.rows:
             state.popularity.arrived(event.model, event.uses)
-            state.note("used", event.model, f"calls of {event.holder} under its lease", times=event.uses)
+            state.note_use(event.model, event.holder, event.uses)
         row = state.residency.rows.get(event.model)
         if row is not None and not row.model.resides:
             state.emit(Extend(event.holder, Lease(event.model, state.epoch, state.limits.lease_ttl_s)))

@@ -9,6 +9,7 @@ event means and the order in which the parts act.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from heapq import merge
 from typing import Any
 
 from serve_app.domain.admissions import Admissions
@@ -162,8 +163,8 @@ class Rotation:
 
     @property
     def history(self) -> tuple[Decision, ...]:
-        """The last decisions, oldest first."""
-        return tuple(self._state.history)
+        """The last decisions and the last uses of models in memory, oldest first: what a replay needs."""
+        return tuple(merge(self._state.history, self._state.uses, key=lambda decision: decision.at))
 
     @property
     def state(self) -> State:

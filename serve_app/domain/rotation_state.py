@@ -35,6 +35,8 @@ class State:
     """Pools that cannot be reached, and why."""
     effects: list[Effect] = field(default_factory=list)
     history: deque[Decision] = field(default_factory=deque)
+    uses: deque[Decision] = field(default_factory=deque)
+    """Calls under leases, which nobody decided: apart, because there are so many that nothing else would be kept."""
     noted: int = 0
     """Counts the decisions ever written into the history."""
     stirred: bool = False
@@ -58,6 +60,12 @@ class State:
         self.noted += 1
         while len(self.history) > self.limits.history:
             self.history.popleft()
+
+    def note_use(self, model: str, holder: str, times: int) -> None:
+        """Remember calls of a holder under its lease, for whoever replays what happened."""
+        self.uses.append(Decision(self.now, "used", model, f"calls of {holder} under its lease", times=times))
+        while len(self.uses) > self.limits.history:
+            self.uses.popleft()
 
     @property
     def epoch(self) -> int:

@@ -166,7 +166,7 @@ def view_of(
 ) -> RotationView:
     """The rotation as it stands at ``now``, with the last ``history`` decisions."""
     state = rotation.state
-    past = [_named(decision, name_of) for decision in rotation.history[-history:]] if history > 0 else []
+    past = [_named(decision, name_of) for decision in list(state.history)[-history:]] if history > 0 else []
     return RotationView(
         nodes=_nodes(rotation),
         residents=tuple(
