@@ -290,6 +290,9 @@ def test_a_load_that_cannot_succeed_fails_at_once_and_the_fallback_answers(brisk
 
 # Room for all, and many models
 
+THRESHOLDS = (("WARNING", 0.15), ("CLEANUP", 0.18), ("CRITICAL", 0.21))
+"""Above what the machine uses without the cluster; a script then allocates what is lacking."""
+
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
@@ -303,10 +306,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         scripted("idle", idle_unload_s=3),
     ]
     platform = {"keep_deployed_s": 3, "max_deployed": 4}
-    thresholds = {
-        f"MEMORY_{name}_THRESHOLD": f"{fraction + step:.4f}"
-        for name, step in (("WARNING", 0.05), ("CLEANUP", 0.08), ("CRITICAL", 0.11))
-    }
+    thresholds = {f"MEMORY_{name}_THRESHOLD": f"{fraction + step:.4f}" for name, step in THRESHOLDS}
     cluster = start(home, models, platform, **thresholds)
     for n in range(300):
         target = cluster.models / "many" / f"model-{n:03}"
@@ -372,20 +372,26 @@ def test_an_idle_model_leaves_memory_and_wakes_again(wide: Cluster) -> None:
 
 
 def test_each_threshold_acts_once_and_is_armed_again(wide: Cluster) -> None:
-    total = psutil.virtual_memory().total / MIB
+    memory = psutil.virtual_memory()
     ask(wide, "[[tokens=1]]", "test/scales")
     ask(wide, "[[tokens=1 hold_mb=0]]", "test/stingy")
     counts = rotation(wide)["counts"]
     assert not {"memory_warning", "memory_cleanup", "memory_critical"} & counts.keys(), counts
-    steps = (("memory_warning", 0.065), ("memory_cleanup", 0.095), ("memory_critical", 0.125))
-    for kind, fraction in steps:
-        ask(wide, f"[[tokens=1 hold_mb={int(total * fraction)}]]", "test/stingy")
-        wait_until(lambda kind=kind: rotation(wide)["counts"].get(kind) == 1, 30, what=kind)
+    held = 0
+    for name, _ in THRESHOLDS:
+        wanted = float(wide.environment[f"MEMORY_{name}_THRESHOLD"]) + 0.012
+        lacking = wanted * memory.total - (memory.total - psutil.virtual_memory().available)
+        held += int(lacking / MIB)
+        ask(wide, f"[[tokens=1 hold_mb={held}]]", "test/stingy")
+        kind = f"memory_{name.lower()}"
+        wait_until(lambda kind=kind: rotation(wide)["counts"].get(kind) == 1, 30, what=kind)  # type: ignore[misc]
     wait_until(lambda: state(wide, "test/scales") == "cold", 30, what="the idle model to be evicted")
     waiting = Asked(wide, "test/scales", "[[tokens=1]]")
     told = wait_until(lambda: rotation(wide)["queue"], 30, what="the load to be held back")
     assert "memory is short" in told[0]["reason"]
+    assert [line["action"] for line in rotation(wide)["history"]].count("memory_critical") == 1
     ask(wide, "[[tokens=1 hold_mb=0]]", "test/stingy")
     assert waiting.text() == "word0"
-    assert rotation(wide)["counts"]["memory_warning"] == 1
+    shown = rotation(wide)
+    assert [shown["counts"][f"memory_{name.lower()}"] for name, _ in THRESHOLDS] == [1, 1, 1]
     httpx.post(f"{wide.url}/api/models/test/stingy/unload", timeout=30)
