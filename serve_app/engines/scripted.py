@@ -152,6 +152,7 @@ class ScriptedEngine:
             run.request = request = self._resumed(script, request)
             self._check(script, request)
             if script.hold_mb is not None:
+                self._held = b""  # first: both at once would be more than the script wants
                 self._held = b"\1" * (script.hold_mb * 2**20)
             fitted = self._fit(request)
             yield Accepted(count_tokens(fitted.prompt), fitted.dropped, self._info.revision or None)
