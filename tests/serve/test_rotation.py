@@ -375,6 +375,8 @@ def test_each_threshold_acts_once_and_is_armed_again(wide: Cluster) -> None:
     memory = psutil.virtual_memory()
     ask(wide, "[[tokens=1]]", "test/scales")
     ask(wide, "[[tokens=1 hold_mb=0]]", "test/stingy")
+    # It holds what is to be too much: nobody else could be evicted for want of memory otherwise.
+    assert httpx.post(f"{wide.url}/api/models/test/stingy/pin", timeout=30).status_code == 200
     counts = rotation(wide)["counts"]
     assert not {"memory_warning", "memory_cleanup", "memory_critical"} & counts.keys(), counts
     held = 0
@@ -394,4 +396,5 @@ def test_each_threshold_acts_once_and_is_armed_again(wide: Cluster) -> None:
     assert waiting.text() == "word0"
     shown = rotation(wide)
     assert [shown["counts"][f"memory_{name.lower()}"] for name, _ in THRESHOLDS] == [1, 1, 1]
+    httpx.post(f"{wide.url}/api/models/test/stingy/pin", json={"pinned": False}, timeout=30)
     httpx.post(f"{wide.url}/api/models/test/stingy/unload", timeout=30)
