@@ -100,6 +100,8 @@ class Router(Desk):
         self._enrolment.nodes()
         self._enrolment.remotes()
         self._enrolment.models()
+        self._enrolled = True
+        """Whether the rotation has heard of the present catalogue: a fault on the way must not leave it half told."""
         self._rotor.start()
         self.tracing.metrics.watch(self._figures)
         loop = asyncio.get_running_loop()
@@ -246,7 +248,10 @@ class Router(Desk):
     def _rebuild(self) -> None:
         if self._offer.rebuild():
             self._rotor.catalogue += 1
+            self._enrolled = False
+        if not self._enrolled:
             self._enrolment.models()
+            self._enrolled = True
         self._enrolment.remotes()
 
     async def _look_at_store(self) -> None:
