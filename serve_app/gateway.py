@@ -27,6 +27,7 @@ from serve_app.domain.generation import Accepted, Delta, Finish, GenerationReque
 from serve_app.domain.leasing import Orders, Report
 from serve_app.domain.rotation_view import HISTORY, RotationView
 from serve_app.domain.routing import Admission, Ask, Candidate, Granted, Lease, Route, Waiting
+from serve_app.domain.transcript import Part, Transcript
 from serve_app.leases import Leases, RouterAway
 from serve_app.telemetry.recording import Record
 from serve_app.telemetry.tracing import Trail, unquoted
@@ -96,17 +97,20 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """A model was chosen and is about to be called."""
+    """A model was chosen and is about to be called; what follows is attempt number ``attempt`` (from 1) of the reply,
+    which goes on with what was told before."""
 
     candidate: Candidate
+    attempt: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """The reply is whole; always the last step."""
+    """The reply is whole; always the last step. ``parts``: which attempts made it."""
 
     finish: Finish
     timing: Timing
+    parts: tuple[Part, ...] = ()
 
 
 Step = Queued | Loading | Switched | Routed | Accepted | Delta | Completed
@@ -180,8 +184,10 @@ class Gateway:
             trail: of the request that wants the reply.
 
         Raises:
-            RotundaError: no model could answer. Before the first byte the other candidates were tried.
+            RotundaError: no model could answer, or go on with the answer that another one had begun.
         """
+        if request.seed is None:
+            request = replace(request, draw_seed=secrets.randbits(63))
         granted: Granted | None = None
         with Record(trail or Trail.quiet(), request, self._clock) as record:
             admission = admission or await self.admit(ask, trail)
@@ -278,53 +284,72 @@ class Gateway:
     async def _route(
         self, ask: Ask, granted: Granted, request: GenerationRequest, record: Record
     ) -> AsyncGenerator[Step, None]:
-        """Route: the healthy candidates in order, each as often as the backoff allows, until one has said something."""
+        """Route: the healthy candidates in order, each as often as the backoff allows.
+
+        What the client was told stays: after the first byte, the same model goes on with it, or else a model that can.
+        """
         with record.trail.phase("route.decide"):
             candidates = self._breakers.order(granted.route.candidates, self._clock())
         record.chosen(candidates)
-        detour = _detour(granted.route, candidates[0])
-        if detour is not None:
-            yield detour
+        transcript, failure = Transcript(request), None
+        switch = _detour(granted.route, candidates[0])
         for rank, candidate in enumerate(candidates):
             failures = left = 0
             while True:
-                yield Routed(candidate)
+                news = [step for step in (switch, Routed(candidate, len(transcript.parts) + 1)) if step]
                 self._breakers.tried(candidate.entry, self._clock())
                 try:
-                    async with aclosing(self._secure(ask, candidate, record)) as news:
-                        async for item in news:
-                            yield item
-                    with record.attempt(candidate):
-                        async with aclosing(self._stream(candidate, request, record)) as steps:
-                            async for step in steps:
-                                yield step
+                    async with aclosing(self._attempt(news, ask, candidate, transcript, record)) as steps:
+                        async for step in steps:
+                            yield step
                     self._breakers.succeeded(candidate.entry)
                     return
                 except RotundaError as error:
                     left += isinstance(error, ReplicaRetired)
                     failures += not isinstance(error, ReplicaRetired) or left > MOST_RETIREMENTS
                     delay = self._failed(candidate, error, failures)
-                    last = delay is None and rank + 1 == len(candidates)
-                    if record.first is not None or isinstance(error, InvalidInput) or last:
-                        raise
-                    failure = error
+                    failure = _worse(failure, error)
+                    if (delay is None and rank + 1 == len(candidates)) or _final(failure, transcript):
+                        raise failure from None
                 except (asyncio.CancelledError, GeneratorExit):
                     self._breakers.released(candidate.entry)
                     raise
-                logger.warning("attempt %d on %s failed: %s", failures, candidate.name, unquoted(failure))
+                logger.warning("attempt %d on %s failed: %s", len(transcript.parts), candidate.name, unquoted(failure))
+                switch = switch if news else None  # what is left there was not told
                 if delay is None:
-                    yield Switched(candidate.name, candidates[rank + 1].name, failure.message)
+                    source = switch.source if switch else candidate.name
+                    switch = Switched(source, candidates[rank + 1].name, failure.message)
                     break
                 with record.backing_off():
                     await asyncio.sleep(delay)
+
+    async def _attempt(
+        self, news: list[Switched | Routed], ask: Ask, candidate: Candidate, transcript: Transcript, record: Record
+    ) -> AsyncGenerator[Step, None]:
+        """One candidate's steps, after the news about it. They are told at once, or, when it is to go on with a reply,
+        once it does; what was not told stays in ``news``."""
+        while news and not transcript.begun:
+            yield news.pop(0)
+        async with aclosing(self._secure(ask, candidate, record)) as waits:
+            async for wait in waits:
+                yield wait
+        with record.attempt(candidate):
+            async with aclosing(self._stream(candidate, transcript, record)) as steps:
+                async for step in steps:
+                    while news:
+                        yield news.pop(0)
+                    yield step
 
     def _failed(self, candidate: Candidate, error: RotundaError, failures: int) -> float | None:
         """Record a failed attempt; the seconds until the next one on the same candidate, None for no more."""
         self.leases.drop(candidate.entry.full_name)
         error.provider = error.provider or candidate.entry.provider
         now = self._clock()
-        if not isinstance(error, RouterAway):
+        # The tries of one request are one failure, and a router that is away is nobody's.
+        if failures == 1 and not isinstance(error, RouterAway):
             self._breakers.failed(candidate.entry, error, now)
+        else:
+            self._breakers.released(candidate.entry)
         if self._breakers.state(candidate.entry, now) is Circuit.OPEN:
             return None
         return self._delay_s(error, failures)
@@ -335,13 +360,12 @@ class Gateway:
             return RETIRED_S
         return self._limits.backoff.delay_s(failures, random.random) if error.retryable else None
 
-    async def _stream(
-        self, candidate: Candidate, request: GenerationRequest, record: Record
-    ) -> AsyncGenerator[Step, None]:
+    async def _stream(self, candidate: Candidate, transcript: Transcript, record: Record) -> AsyncGenerator[Step, None]:
         """Stream one candidate's items, each within its time, and record when they came."""
+        request = transcript.attempt(candidate.entry)
         if not candidate.resident:
             yield Loading(candidate.name)
-        request = replace(request, model=candidate.entry.id, trace=record.carrier)
+        request = replace(request, trace=record.carrier)
         stream = self._backend.stream(candidate.entry, request, self._lease_on(candidate.entry).epoch)
         async with aclosing(stream) as items, _watchdog() as dog, self.leases.calling(candidate.entry.full_name):
             phase: Phase = "load"
@@ -351,14 +375,14 @@ class Gateway:
                     case Accepted():
                         record.accepted(item)
                         phase = "first token"
-                        yield item
                     case Delta():
                         record.said(item)
                         phase = "idle"
-                        yield item
-                    case Finish():
-                        yield Completed(item, record.finished(item))
+                for told in transcript.heard(item):
+                    if isinstance(told, Finish):
+                        yield Completed(told, record.finished(told), tuple(transcript.parts))
                         return
+                    yield told
 
     async def _next(
         self, items: AsyncIterator[Item], dog: Watchdog, phase: Phase, record: Record, provider: str
@@ -387,6 +411,18 @@ def _detour(route: Route, first: Candidate) -> Switched | None:
     if first is not route.first:
         return Switched(route.first.name, first.name, f"{route.first.name} failed several times in a row")
     return Switched(route.passed_over[0][0], first.name, route.passed_over[0][1]) if route.passed_over else None
+
+
+def _worse(failure: RotundaError | None, error: RotundaError) -> RotundaError:
+    """What the client is told of two failures: not that a fallback could not have done it either."""
+    return failure if failure is not None and isinstance(error, InvalidInput) else error
+
+
+def _final(failure: RotundaError, transcript: Transcript) -> bool:
+    """Whether nobody else need be asked: the request is wrong, its time is up, or the reply cannot be gone on with."""
+    if isinstance(failure, InvalidInput) or failure.details.get("phase") == "total":
+        return True
+    return transcript.begun and transcript.obstacle is not None
 
 
 @asynccontextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from serve_app.domain.errors import InvalidInput
+from serve_app.domain.errors import CapabilityMissing, InvalidInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,7 @@ class Continuation:
         revision: of the model that made ``token_ids`` (``Accepted.revision``).
         earlier: code points of ``text`` that other models made before ``token_ids``.
         spent: tokens of the reply so far, whoever made them; they count towards ``max_tokens``.
+        exact: whether only the model of ``token_ids`` may go on (:meth:`read_by` refuses every other one).
     """
 
     text: str
@@ -35,6 +36,7 @@ class Continuation:
     revision: str | None = None
     earlier: int = 0
     spent: int = 0
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.earlier <= len(self.text):
@@ -43,9 +45,15 @@ class Continuation:
             raise InvalidInput(f"spent is {self.spent}, less than the {len(self.token_ids)} tokens that are given.")
 
     def read_by(self, revision: str) -> Continuation:
-        """What a model of ``revision`` (empty: unknown) goes on with: without ids that are not its own."""
+        """What a model of ``revision`` (empty: unknown) goes on with: without ids that are not its own.
+
+        Raises:
+            CapabilityMissing: the reply can be continued only by its ids, and they are another model's.
+        """
         if self.token_ids and revision and self.revision == revision:
             return self
+        if self.exact:
+            raise CapabilityMissing("Only the model that began this reply can go on with it.")
         return replace(self, token_ids=(), revision=None, earlier=len(self.text))
 
     @property

@@ -304,7 +304,9 @@ def _release(wait: asyncio.Future[None]) -> None:
 def describe(model_id: str) -> ModelInfo:
     """A model of this engine, which needs no files: it chats, completes, and takes images."""
     able = frozenset({Capability.CHAT, Capability.COMPLETION, Capability.VISION, Capability.TOOLS})
-    return ModelInfo(model_id, "", architecture="scripted", capabilities=able, context_length=1_000_000, revision="1")
+    return ModelInfo(
+        model_id, "", architecture="scripted", capabilities=able, context_length=1_000_000, revision=model_id
+    )
 
 
 def create(info: ModelInfo, options: EngineOptions, on_progress: Progress = no_progress) -> ScriptedEngine:
