@@ -31,7 +31,10 @@ KEEP_ALIVE_S = 300.0
 
 @dataclass(frozen=True)
 class StandInModel:
-    """A model that the server offers; ``reply`` None = an echo of the last message."""
+    """A model that the server offers; ``reply`` None = an echo of the last message of the user.
+
+    ``continues``: a last message of the assistant is gone on with, as Ollama does; without it the reply begins anew.
+    """
 
     name: str
     size: int = 2_000_000_000
@@ -39,6 +42,7 @@ class StandInModel:
     context_length: int = 8192
     reply: str | None = None
     pace_s: float = 0.0
+    continues: bool = True
 
     @property
     def digest(self) -> str:
@@ -256,7 +260,8 @@ class OllamaServer:
 
     def _words(self, model: StandInModel, body: dict[str, Any]) -> tuple[list[str], str]:
         """The reply, a word to a chunk, within ``num_predict`` and before a stop string; and why it ends."""
-        messages = body.get("messages") or [{"role": "user", "content": body.get("prompt", "")}]
+        messages = list(body.get("messages") or [{"role": "user", "content": body.get("prompt", "")}])
+        begun = messages.pop()["content"] if messages[-1].get("role") == "assistant" else ""
         text = model.reply if model.reply is not None else f"echo: {messages[-1].get('content', '')}"
         images = sum(len(message.get("images") or ()) for message in messages)
         text += f" [{images} images]" if images else ""
@@ -265,6 +270,8 @@ class OllamaServer:
             text = text.partition(stop)[0]
         first, *rest = text.split(" ")
         words = [first, *(f" {word}" for word in rest)]
+        if begun and model.continues:
+            words = words[len(begun.split()) :]
         most = options.get("num_predict", -1)
         return (words[:most], "length") if 0 <= most < len(words) else (words, "stop")
 

@@ -181,6 +181,9 @@ class RemoteArgs(Args):
     """File that holds the key."""
     budget_bytes: Annotated[Bytes, Field(ge=1)] | None = None
     """Memory of the provider's own machine that its models may fill. Absent: it decides alone."""
+    continue_replies: bool = True
+    """Whether its models may go on with replies that broke off. An OpenAI-compatible server is first tried, with
+    three short requests, whether it can."""
 
     @field_validator("base_url")
     @classmethod

@@ -34,6 +34,7 @@ from serve_app.domain.generation import (
 )
 from serve_app.domain.tools import ToolCallPart
 from serve_app.providers.answers import logprobs_of, number, objects, text_of
+from serve_app.providers.begun import by_text, spent_whole
 from serve_app.providers.refusals import sentence
 from serve_app.providers.wire import Times, Wire
 
@@ -70,7 +71,7 @@ def create(args: UpstreamArgs, settings: Settings) -> Ollama:
         raise InvalidConfig(f"{args.provider} has no address: give it a base_url, or set OLLAMA_HOST.", args.provider)
     key = read_secret(args.api_key_env, args.api_key_file, home=settings.rotunda_home)
     times = Times(first_token_s=settings.rotation_timeout_ms / 1000)
-    return Ollama(Wire(args.provider, url, key.get_secret_value() if key else None, times))
+    return Ollama(Wire(args.provider, url, key.get_secret_value() if key else None, times), args.continue_replies)
 
 
 def implied(settings: Settings) -> UpstreamArgs | None:
@@ -83,10 +84,12 @@ class Ollama:
 
     Args:
         wire: HTTP to it.
+        continues: whether it is asked to go on with begun replies; it goes on with a last message of the assistant.
     """
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, wire: Wire, continues: bool = True) -> None:
         self._wire = wire
+        self._continues = continues
         self._described: dict[str, ModelInfo] = {}
         """What ``/api/show`` said, by name and digest: asking again for each listing would be one call per model."""
 
@@ -119,6 +122,14 @@ class Ollama:
         return _info(tag, shown if isinstance(shown, Mapping) else {})
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Item, None]:
+        if over := spent_whole(request):
+            for item in over:
+                yield item
+            return
+        if request.continuation is not None:
+            if not self._continues:
+                raise CapabilityMissing("This provider is not asked to go on with replies.", self._wire.provider)
+            request = by_text(request, request.continuation)
         path, body = request_body(request)
         stream = await self._wire.open(path, body, request.model, dict(request.trace))
         reply = _Reply()

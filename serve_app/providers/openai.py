@@ -33,6 +33,8 @@ from serve_app.domain.generation import (
 )
 from serve_app.domain.tools import ToolCallPart, ToolUse
 from serve_app.providers.answers import logprobs_of, number, objects, text_of
+from serve_app.providers.begun import by_text, spent_whole
+from serve_app.providers.probing import Probes, Way
 from serve_app.providers.refusals import sentence
 from serve_app.providers.sse import SseReader, TooLong
 from serve_app.providers.wire import MOST_LINE, Stream, Times, Wire
@@ -64,7 +66,7 @@ def create(args: UpstreamArgs, settings: Settings) -> OpenAI:
         # The key of the settings belongs to their address; it is never sent to another one.
         key = key or settings.openai_api_key
     times = Times(first_token_s=settings.rotation_timeout_ms / 1000)
-    return OpenAI(Wire(args.provider, url, key.get_secret_value() if key else None, times))
+    return OpenAI(Wire(args.provider, url, key.get_secret_value() if key else None, times), args.continue_replies)
 
 
 def implied(settings: Settings) -> UpstreamArgs | None:
@@ -77,10 +79,12 @@ class OpenAI:
 
     Args:
         wire: HTTP to it.
+        continues: whether it may be tried whether it goes on with begun replies (serve_app/providers/probing.py).
     """
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, wire: Wire, continues: bool = True) -> None:
         self._wire = wire
+        self._probes = Probes(self._said) if continues else None
         self._refused: dict[str, frozenset[str]] = {}
         """Fields that a model's server has refused and that can be left out or renamed."""
 
@@ -96,9 +100,28 @@ class OpenAI:
         raise ModelNotFound(f"{self._wire.provider} has no model {model}.", self._wire.provider)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Item, None]:
-        if request.continue_final:
-            raise CapabilityMissing("Whether this server continues an unfinished reply is not known.")
-        stream = await self._open(request)
+        if over := spent_whole(request):
+            for item in over:
+                yield item
+            return
+        if request.continuation is not None:
+            request = by_text(request, request.continuation)
+        way = await self._way(request.model) if request.continue_final else None
+        async with aclosing(self._replies(request, way)) as items:
+            async for item in items:
+                yield item
+
+    async def _way(self, model: str) -> Way:
+        if self._probes is None:
+            raise CapabilityMissing("This provider is not asked to go on with replies.", self._wire.provider)
+        return await self._probes.way(model)
+
+    async def _said(self, request: GenerationRequest, way: Way | None) -> str:
+        async with aclosing(self._replies(request, way)) as items:
+            return "".join([item.text async for item in items if isinstance(item, Delta)])
+
+    async def _replies(self, request: GenerationRequest, way: Way | None) -> AsyncGenerator[Item, None]:
+        stream = await self._open(request, way)
         reply = _Reply()
         try:
             yield Accepted(0)
@@ -113,13 +136,14 @@ class OpenAI:
         finally:
             await stream.close()
 
-    async def _open(self, request: GenerationRequest) -> Stream:
+    async def _open(self, request: GenerationRequest, way: Way | None) -> Stream:
         """Ask; a field that the server does not know and that can be missed is left out the second time."""
         path = "/completions" if request.raw else "/chat/completions"
         while True:
             refused = self._refused.get(request.model, frozenset())
+            body = request_body(request, refused, way)
             try:
-                stream = await self._wire.open(path, request_body(request, refused), request.model, dict(request.trace))
+                stream = await self._wire.open(path, body, request.model, dict(request.trace))
             except InvalidInput as error:
                 learned = {name for name in ("stream_options", "max_completion_tokens") if name in error.message}
                 if learned <= refused:
@@ -195,8 +219,11 @@ class OpenAI:
         await self._wire.close()
 
 
-def request_body(request: GenerationRequest, refused: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """The JSON body that asks for this reply, without the fields in ``refused``."""
+def request_body(
+    request: GenerationRequest, refused: frozenset[str] = frozenset(), way: Way | None = None
+) -> dict[str, Any]:
+    """The JSON body that asks for this reply, without the fields in ``refused``; ``way``: how to go on with its
+    last message."""
     body: dict[str, Any] = {"model": request.model, "stream": True, **_options(request.options)}
     if "stream_options" not in refused:
         body["stream_options"] = {"include_usage": True}
@@ -207,7 +234,11 @@ def request_body(request: GenerationRequest, refused: frozenset[str] = frozenset
         return body | {"prompt": request.messages[0].text}
     if request.tools.offered:
         body |= _tools(request.tools)
-    return body | {"messages": [_message(message) for message in request.messages]}
+    messages = [_message(message) for message in request.messages]
+    if way is not None:
+        messages[-1] |= way.last
+        body |= way.fields
+    return body | {"messages": messages}
 
 
 def _options(options: Options) -> dict[str, Any]:

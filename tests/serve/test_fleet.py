@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.cluster import MODELS, Cluster, model_application, wait_until
+from tests.cluster import MODELS, Cluster, model_application, sse_events, wait_until
 from tests.e2e.test_chat import ask, start_and_read
 
 
@@ -102,28 +103,81 @@ def test_a_bad_folder_is_listed_with_its_reason_and_refused(cluster: Cluster) ->
         shutil.rmtree(cluster.models / "acme")
 
 
-def test_a_killed_replica_gives_a_typed_error_and_the_next_request_works(cluster: Cluster) -> None:
+def test_a_reply_whose_replica_is_killed_goes_on_unseen(cluster: Cluster) -> None:
     ask(cluster, "[[tokens=1]]", "test/slow")
-    thread, reply = start_and_read(cluster, {"message": "anything", "model": "test/slow"}, tokens=10)
+    message = "[[tokens=150]]"
+    thread, reply = start_and_read(cluster, {"message": message, "model": "test/slow"}, tokens=10)
     victim = next(pid for pid in cluster.model("test/slow")["pids"] if alive(pid))
     os.kill(victim, signal.SIGKILL)
-    thread.join(30)
-    assert reply.names[-1] == "error"
-    error = reply.of("error")
-    assert (error["code"], error["retryable"]) == ("PROVIDER_UNAVAILABLE", True)
-    assert reply.text.startswith("word0 word1 word2")
+    thread.join(90)
+    assert reply.names[-1] == "end", reply.of("error")
+    assert reply.text == " ".join(f"word{n}" for n in range(150))
+    assert not {"switched", "error"} & set(reply.names)
+    usage = reply.of("end")["usage"]
+    assert (usage["promptTokens"], usage["completionTokens"]) == (1, 150)
 
     query = "query($id: String!) { messages(conversationId: $id) { text sender status } }"
     body = {"query": query, "variables": {"id": reply.conversation}}
     stored = httpx.post(f"{cluster.url}/graphql", json=body, timeout=30).json()["data"]["messages"]
     assert stored == [
-        {"text": "anything", "sender": "user", "status": "complete"},
-        {"text": reply.text, "sender": "llm", "status": "error"},
+        {"text": message, "sender": "user", "status": "complete"},
+        {"text": reply.text, "sender": "llm", "status": "complete"},
     ]
-    again = ask(cluster, "[[tokens=3]]", "test/slow", conversationId=reply.conversation)
-    assert again.text == "word0 word1 word2"
     # A replica that was killed says no farewell: it is missed when its reports stop.
     wait_until(lambda: victim not in cluster.model("test/slow")["pids"], 10, what="the killed replica to be missed")
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.0, "seed": 5}], ids=["greedy", "sampled"])
+def test_a_real_model_that_is_killed_says_what_it_would_have_said(cluster: Cluster, options: dict[str, Any]) -> None:
+    model = "huggingface/rotunda/tiny-chat"
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": "Tell me a story about a lighthouse."}],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "min_tokens": 300,
+        "max_tokens": 300,
+        **options,
+    }
+    whole, usage = _streamed(cluster, body)
+    victim = next(pid for pid in cluster.model(model)["pids"] if alive(pid))
+    broken, total = _streamed(cluster, body, kill=victim, after=5)
+    assert not alive(victim)
+    assert broken == whole
+    assert total["completion_tokens"] == usage["completion_tokens"] == 300
+    assert total["prompt_tokens"] == usage["prompt_tokens"]
+
+
+def _streamed(
+    cluster: Cluster, body: dict[str, Any], kill: int | None = None, after: int = 0
+) -> tuple[str, dict[str, Any]]:
+    """Text and usage of a streamed completion; a process is killed after some chunks of it."""
+    text, chunks, usage = "", 0, {}
+    with cluster.client() as client, client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        assert answer.status_code == 200, answer.read()
+        for _, _, data in sse_events(answer.iter_lines()):
+            chunk = json.loads(data) if data != "[DONE]" else {}
+            assert "error" not in chunk, chunk
+            usage = chunk.get("usage") or usage
+            for choice in chunk.get("choices", ()):
+                text += choice["delta"].get("content") or ""
+                chunks += 1
+            if kill is not None and chunks == after:
+                os.kill(kill, signal.SIGKILL)
+    return text, usage
+
+
+def test_a_model_that_fails_for_good_ends_with_the_typed_error_and_the_partial_saved(cluster: Cluster) -> None:
+    """Its replica fails at the same place whenever it goes on, and nobody else can."""
+    message = "[[tokens=20 fail_at=5 error=PROVIDER_UNAVAILABLE]]"
+    reply = ask(cluster, message, "test/scripted")
+    assert reply.text == "word0 word1 word2 word3 word4"
+    error = reply.of("error")
+    assert (error["code"], error["retryable"]) == ("PROVIDER_UNAVAILABLE", True)
+    query = "query($id: String!) { messages(conversationId: $id) { text sender status } }"
+    body = {"query": query, "variables": {"id": reply.conversation}}
+    stored = httpx.post(f"{cluster.url}/graphql", json=body, timeout=30).json()["data"]["messages"]
+    assert stored[1] == {"text": reply.text, "sender": "llm", "status": "error"}
 
 
 def test_a_replica_killed_before_the_first_byte_is_not_noticed(cluster: Cluster) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,17 @@ from tests.e2e.test_chat import ask, start_and_read
 from tests.ollama_server import Fault, OllamaServer, StandInModel, nothing_listens
 from tests.serve.test_fleet import pids
 
+CUT = "This is said by a model that is far away, on a machine of its own, and it takes a while."
 MODELS = (
     StandInModel("llama3:8b", reply="Hello from afar"),
     StandInModel("llava:7b", capabilities=("completion", "vision")),
     StandInModel("slow:1b", reply="word " * 300, pace_s=0.05),
     # Faults have models of their own: several in a row close the way to a model for a while.
     StandInModel("flaky:1b", reply="Hello from afar"),
-    StandInModel("cut:1b", reply="Hello from afar"),
+    StandInModel("cut:1b", reply=CUT),
+    StandInModel("once:1b", reply="Hello from afar"),
+    StandInModel("anew:1b", reply="word0 word1 word2 word3 word4 word5 and so on", continues=False),
+    StandInModel("other:1b", reply="word0 word1 word2 word3 word4 but then another thing", continues=False),
     StandInModel("broken:1b"),
     StandInModel("nomic:latest", capabilities=("embedding",)),
 )
@@ -177,9 +182,68 @@ def test_a_model_of_a_dead_provider_gives_way_to_its_fallback_or_says_why(cluste
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "PROVIDER_UNAVAILABLE")
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [Fault("drop", after=2), Fault("error", after=2), Fault("garbage", after=2), Fault("end", after=2)],
+    ids=lambda fault: fault.kind,
+)
+def test_a_reply_from_afar_that_breaks_off_is_gone_on_with_unseen(
+    cluster: Cluster, lab: OllamaServer, fault: Fault
+) -> None:
+    lab.faults.append(replace(fault, model="cut:1b"))
+    reply = ask(cluster, "hi", "lab/cut:1b")
+    assert reply.text == CUT
+    assert reply.names[-1] == "end" and "switched" not in reply.names
+    assert reply.of("end")["usage"]["completionTokens"] == len(CUT.split())
+    last = lab.bodies()[-1]["messages"][-1]
+    assert last == {"role": "assistant", "content": " ".join(CUT.split()[:2])}
+
+
+def test_a_local_model_goes_on_where_one_from_afar_keeps_breaking_off(cluster: Cluster, lab: OllamaServer) -> None:
+    lab.faults.append(Fault("drop", after=2, times=99, model="cut:1b"))
+    before = len(lab.bodies())
+    reply = ask(cluster, "[[tokens=20]]", "lab/cut:1b", fallbackModels=["test/scripted"])
+    lab.faults.clear()
+    words = 2 * (len(lab.bodies()) - before)
+    assert 2 <= words <= 10
+    assert reply.text == " ".join([*CUT.split()[:words], *(f"word{n}" for n in range(words, 20))])
+    assert reply.names[-1] == "end" and reply.names.count("switched") == 1
+    assert reply.of("end")["usage"]["completionTokens"] == 20
+
+
+BREAKS = "[[tokens=40 fail_at=6 error=GENERATION_FAILED]]"
+BROKEN = " ".join(f"word{n}" for n in range(6))
+
+
+def test_a_model_from_afar_goes_on_where_a_local_one_broke_off(cluster: Cluster, lab: OllamaServer) -> None:
+    reply = ask(cluster, BREAKS, "test/scripted", fallbackModels=["lab/cut:1b"])
+    assert reply.text == " ".join([BROKEN, *CUT.split()[6:]])
+    switched = reply.of("switched")
+    assert (switched["from"], switched["to"], reply.names[-1]) == ("test/scripted", "cut:1b", "end")
+    assert reply.of("end")["usage"]["completionTokens"] == len(CUT.split())
+
+
+def test_of_a_model_that_begins_the_text_anew_the_repetition_is_dropped(cluster: Cluster, lab: OllamaServer) -> None:
+    reply = ask(cluster, BREAKS, "test/scripted", fallbackModels=["lab/anew:1b"])
+    assert reply.text == f"{BROKEN} and so on"
+    assert reply.of("end")["usage"]["completionTokens"] == 9
+
+
+def test_a_model_that_begins_another_text_is_passed_over(cluster: Cluster, lab: OllamaServer) -> None:
+    reply = ask(cluster, BREAKS, "test/scripted", fallbackModels=["lab/other:1b", "lab/cut:1b"])
+    assert reply.text == " ".join([BROKEN, *CUT.split()[6:]])
+    assert [payload["to"] for name, payload in zip(reply.names, reply.payloads, strict=True) if name == "switched"] == [
+        "cut:1b"
+    ]
+    alone = ask(cluster, BREAKS, "test/scripted", fallbackModels=["lab/other:1b"])
+    assert (alone.text, alone.names[-1], alone.of("error")["code"]) == (BROKEN, "error", "PROVIDER_ERROR")
+
+
 def test_a_break_after_the_first_byte_ends_truthfully(cluster: Cluster, lab: OllamaServer) -> None:
-    lab.faults.append(Fault("drop", after=2))
-    reply = ask(cluster, "hi", "lab/cut:1b", fallbackModels=["rotunda/tiny-chat"])
+    lab.faults.append(Fault("drop", after=0, times=9, model="once:1b"))
+    lab.faults.appendleft(Fault("drop", after=2, model="once:1b"))
+    reply = ask(cluster, "hi", "lab/once:1b")
+    lab.faults.clear()
     assert reply.text == "Hello from"
     assert (reply.names[-1], reply.of("error")["code"]) == ("error", "PROVIDER_ERROR")
     assert reply.of("error")["provider"] == "lab"

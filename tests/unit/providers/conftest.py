@@ -25,6 +25,6 @@ def server() -> Iterator[OllamaServer]:
 
 @pytest.fixture
 async def ollama(server: OllamaServer) -> AsyncIterator[Ollama]:
-    provider = Ollama(Wire("lab", server.url, times=Times(connect_s=1, first_token_s=0.4, idle_s=0.3, answer_s=2)))
+    provider = Ollama(Wire("lab", server.url, times=Times(connect_s=1, first_token_s=1.0, idle_s=0.5, answer_s=5)))
     yield provider
     await provider.close()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from serve_app.domain.catalog import Capability
+from serve_app.domain.continuation import Continuation
 from serve_app.domain.errors import (
     CapabilityMissing,
     ContextLengthExceeded,
@@ -309,3 +310,34 @@ async def test_embeddings_come_in_order(ollama: Ollama) -> None:
 async def test_twenty_replies_at_once_do_not_mix(ollama: Ollama) -> None:
     replies = await asyncio.gather(*(collect(ollama, ask(f"number {number}")) for number in range(20)))
     assert [text_of(items) for items in replies] == [f"echo: number {number}" for number in range(20)]
+
+
+async def test_a_begun_reply_is_gone_on_with_by_a_last_message_of_the_assistant(
+    ollama: Ollama, server: OllamaServer
+) -> None:
+    begun = Continuation("echo: one ", (1, 2), "another", spent=2)
+    items = await collect(ollama, ask(options=Options(max_tokens=3), continuation=begun))
+    assert text_of(items) == " two"
+    body = server.bodies()[-1]
+    assert body["messages"][-1] == {"role": "assistant", "content": "echo: one"}
+    assert body["options"] == {"num_predict": 1}
+
+
+async def test_a_reply_that_has_all_its_tokens_is_over_without_a_call(ollama: Ollama, server: OllamaServer) -> None:
+    items = await collect(ollama, ask(options=Options(max_tokens=2), continuation=Continuation("echo: one", spent=2)))
+    assert isinstance(items[-1], Finish) and items[-1].reason is FinishReason.LENGTH
+    assert not server.bodies()
+
+
+async def test_what_only_its_own_model_may_go_on_with_is_refused(ollama: Ollama, server: OllamaServer) -> None:
+    with pytest.raises(CapabilityMissing):
+        await collect(ollama, ask(continuation=Continuation("a", (1,), "another", spent=1, exact=True)))
+    deaf = Ollama(Wire("lab", server.url), continues=False)
+    with pytest.raises(CapabilityMissing):
+        await collect(deaf, ask(continuation=Continuation("a", spent=1)))
+    assert not server.bodies()
+
+
+async def test_a_raw_prompt_is_gone_on_with_behind_its_text(ollama: Ollama, server: OllamaServer) -> None:
+    await collect(ollama, ask("Once upon", raw=True, continuation=Continuation(" a time", spent=2)))
+    assert server.bodies("/api/generate")[-1]["prompt"] == "Once upon a time"
