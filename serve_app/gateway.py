@@ -20,14 +20,14 @@ from serve_app.domain.backoff import Backoff
 from serve_app.domain.breaker import Breakers, Circuit
 from serve_app.domain.catalog import Entry
 from serve_app.domain.embeddings import Embeddings
-from serve_app.domain.errors import DeadlineExceeded, InvalidInput, Phase, ProviderError, ReplicaRetired, RotundaError
+from serve_app.domain.errors import DeadlineExceeded, Phase, ProviderError, ReplicaRetired, RotundaError
 from serve_app.domain.events import Loading, Queued, Switched
 from serve_app.domain.fleet import FleetView
 from serve_app.domain.generation import Accepted, Delta, Finish, GenerationRequest, Item, Timing
 from serve_app.domain.leasing import Orders, Report
 from serve_app.domain.rotation_view import HISTORY, RotationView
 from serve_app.domain.routing import Admission, Ask, Candidate, Granted, Lease, Route, Waiting
-from serve_app.domain.transcript import Part, Transcript
+from serve_app.domain.transcript import Part, Transcript, final, worse
 from serve_app.leases import Leases, RouterAway
 from serve_app.telemetry.recording import Record
 from serve_app.telemetry.tracing import Trail, unquoted
@@ -308,8 +308,8 @@ class Gateway:
                     left += isinstance(error, ReplicaRetired)
                     failures += not isinstance(error, ReplicaRetired) or left > MOST_RETIREMENTS
                     delay = self._failed(candidate, error, failures)
-                    failure = _worse(failure, error)
-                    if (delay is None and rank + 1 == len(candidates)) or _final(failure, transcript):
+                    failure = worse(failure, error)
+                    if (delay is None and rank + 1 == len(candidates)) or final(failure, transcript):
                         raise failure from None
                 except (asyncio.CancelledError, GeneratorExit):
                     self._breakers.released(candidate.entry)
@@ -411,18 +411,6 @@ def _detour(route: Route, first: Candidate) -> Switched | None:
     if first is not route.first:
         return Switched(route.first.name, first.name, f"{route.first.name} failed several times in a row")
     return Switched(route.passed_over[0][0], first.name, route.passed_over[0][1]) if route.passed_over else None
-
-
-def _worse(failure: RotundaError | None, error: RotundaError) -> RotundaError:
-    """What the client is told of two failures: not that a fallback could not have done it either."""
-    return failure if failure is not None and isinstance(error, InvalidInput) else error
-
-
-def _final(failure: RotundaError, transcript: Transcript) -> bool:
-    """Whether nobody else need be asked: the request is wrong, its time is up, or the reply cannot be gone on with."""
-    if isinstance(failure, InvalidInput) or failure.details.get("phase") == "total":
-        return True
-    return transcript.begun and transcript.obstacle is not None
 
 
 @asynccontextmanager

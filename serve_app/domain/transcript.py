@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from serve_app.domain.catalog import Entry
 from serve_app.domain.continuation import Continuation
+from serve_app.domain.errors import InvalidInput, RotundaError
 from serve_app.domain.generation import Accepted, Delta, Finish, GenerationRequest, Item, Usage
 from serve_app.domain.seam import Seam
 
@@ -137,3 +138,15 @@ class Transcript:
         # A server that told the length of its prompt only now counted the text so far with it.
         prompt = self._prompt_tokens or max(0, usage.prompt_tokens - self._before)
         return replace(finish, usage=Usage(prompt, self._spent, min(usage.cached_tokens, prompt)))
+
+
+def worse(failure: RotundaError | None, error: RotundaError) -> RotundaError:
+    """What the client is told of two failures: not that a fallback could not have done it either."""
+    return failure if failure is not None and isinstance(error, InvalidInput) else error
+
+
+def final(failure: RotundaError, transcript: Transcript) -> bool:
+    """Whether nobody else need be asked: the request is wrong, its time is up, or the reply cannot be gone on with."""
+    if isinstance(failure, InvalidInput) or failure.details.get("phase") == "total":
+        return True
+    return transcript.begun and transcript.obstacle is not None

@@ -171,7 +171,7 @@ def test_a_model_that_fails_for_good_ends_with_the_typed_error_and_the_partial_s
     """Its replica fails at the same place whenever it goes on, and nobody else can."""
     message = "[[tokens=20 fail_at=5 error=PROVIDER_UNAVAILABLE]]"
     reply = ask(cluster, message, "test/scripted")
-    assert reply.text == "word0 word1 word2 word3 word4"
+    assert reply.text == "word0 word1 word2 word3 word4", reply.payloads
     error = reply.of("error")
     assert (error["code"], error["retryable"]) == ("PROVIDER_UNAVAILABLE", True)
     query = "query($id: String!) { messages(conversationId: $id) { text sender status } }"

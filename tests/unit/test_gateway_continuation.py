@@ -33,6 +33,8 @@ from serve_app.domain.generation import (
     Options,
     Usage,
 )
+from serve_app.domain.leasing import Orders
+from serve_app.domain.leasing import Report as HolderReport
 from serve_app.domain.rotation_view import HISTORY, RotationView
 from serve_app.domain.routing import Admission, Ask, Candidate, Granted, Lease, Route
 from serve_app.domain.tools import Tool, ToolCallPart, ToolUse
@@ -58,9 +60,14 @@ class Fleet:
         names = [*self.engines, *self.others]
         entries = [Entry(name, f"of-{name}", f"model-{name}", "model") for name in names]
         candidates = tuple(Candidate(entry, entry.id, ModelState.READY, "asked for") for entry in entries)
-        return Granted(Route(candidates), Lease(names[0], 1, 2.0))
+        if ask.alone:  # one of them is about to be called, and needs a lease of its own
+            candidates = tuple(each for each in candidates if each.entry.full_name == ask.model)
+        return Granted(Route(candidates), Lease(candidates[0].entry.full_name, 1, 2.0))
 
     async def cancel(self, ticket: str) -> None: ...
+
+    async def sync(self, report: HolderReport) -> Orders:
+        return Orders()
 
     async def view(self) -> FleetView:
         return FleetView()
