@@ -26,8 +26,8 @@ from serve_app.domain.fleet import FleetView
 from serve_app.domain.generation import Accepted, Delta, Finish, GenerationRequest, Item, Timing
 from serve_app.domain.leasing import Orders, Report
 from serve_app.domain.rotation_view import HISTORY, RotationView
-from serve_app.domain.routing import Admission, Ask, Candidate, Granted, Lease, Route, Waiting
-from serve_app.domain.transcript import Part, Transcript, final, worse
+from serve_app.domain.routing import Admission, Ask, Candidate, Granted, Lease, Waiting
+from serve_app.domain.transcript import Part, Transcript, detour, final, worse
 from serve_app.leases import Leases, RouterAway
 from serve_app.telemetry.recording import Record
 from serve_app.telemetry.tracing import Trail, unquoted
@@ -292,7 +292,7 @@ class Gateway:
             candidates = self._breakers.order(granted.route.candidates, self._clock())
         record.chosen(candidates)
         transcript, failure = Transcript(request), None
-        switch = _detour(granted.route, candidates[0])
+        switch = detour(granted.route, candidates[0])
         for rank, candidate in enumerate(candidates):
             failures = left = 0
             while True:
@@ -404,13 +404,6 @@ def _news(waiting: Waiting) -> Queued | Loading:
     if waiting.loading is not None:
         return Loading(waiting.loading, waiting.evicting)
     return Queued(waiting.position, waiting.reason, waiting.eta_ms)
-
-
-def _detour(route: Route, first: Candidate) -> Switched | None:
-    """What the client is told when another model than the one it asked for is tried first."""
-    if first is not route.first:
-        return Switched(route.first.name, first.name, f"{route.first.name} failed several times in a row")
-    return Switched(route.passed_over[0][0], first.name, route.passed_over[0][1]) if route.passed_over else None
 
 
 @asynccontextmanager

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from serve_app.domain.catalog import Entry
 from serve_app.domain.continuation import Continuation
 from serve_app.domain.errors import InvalidInput, RotundaError
+from serve_app.domain.events import Switched
 from serve_app.domain.generation import Accepted, Delta, Finish, GenerationRequest, Item, Usage
+from serve_app.domain.routing import Candidate, Route
 from serve_app.domain.seam import Seam
 
 
@@ -150,3 +152,10 @@ def final(failure: RotundaError, transcript: Transcript) -> bool:
     if isinstance(failure, InvalidInput) or failure.details.get("phase") == "total":
         return True
     return transcript.begun and transcript.obstacle is not None
+
+
+def detour(route: Route, first: Candidate) -> Switched | None:
+    """What the client is told when another model than the one it asked for is tried first."""
+    if first is not route.first:
+        return Switched(route.first.name, first.name, f"{route.first.name} failed several times in a row")
+    return Switched(route.passed_over[0][0], first.name, route.passed_over[0][1]) if route.passed_over else None
