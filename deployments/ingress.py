@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -28,6 +29,7 @@ from serve_app.gateway import Gateway, Limits
 from serve_app.replies import SessionLimits
 from serve_app.sessions import Sessions
 from serve_app.store import migrate
+from serve_app.store.engine import check_nodes
 from serve_app.store.images import ImageFiles
 from serve_app.store.passwords import Passwords
 from serve_app.store.store import Store
@@ -37,6 +39,8 @@ from serve_app.telemetry.metrics import Metric, gauge
 
 logger = logging.getLogger(__name__)
 
+PREPARE_S = 2.0
+"""Between two tries to open a store that is away."""
 WANTED_ENVIRONMENT = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 """Serve works without them, at a several times higher cost per token; they are read before Ray starts."""
 
@@ -57,19 +61,22 @@ class Ingress:
         _warn_of_slow_modes()
         settings = load(platform=args.platform_path() or PLATFORM, args=args.settings).settings
         url = settings.database_url.get_secret_value()
-        if settings.database_auto_migrate or url.startswith("sqlite"):
-            await asyncio.to_thread(migrate.upgrade, url)
-        self._store = await Store.open(url)
+        check_nodes(url, await asyncio.to_thread(_nodes))
+        self._store = Store.attach(url)
         files = ImageFiles(settings.image_storage_path)
         owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         link, breakers, handles = RouterHandle(router), Breakers(_rules(settings)), ModelHandles(owner)
         gateway = Gateway(link, handles, _limits(settings), breakers=breakers, holder=owner)
-        key = await self._store.signing_key()
-        access = Access(self._store, Passwords(), key, settings)
-        self._sessions = Sessions(self._store, gateway, files, access.image_url, _session_limits(settings), owner)
+        access = Access(self._store, Passwords(), None, settings)
+        preparing = self._prepare(url, settings.database_auto_migrate, access)
+        self._preparing = asyncio.get_running_loop().create_task(preparing)
+        if url.startswith("sqlite"):
+            await self._preparing
         self._reporter = Reporter("ingress", RouterLink())
         self._reporter.tracing.metrics.watch(lambda: breaker_figures(breakers.broken(time.monotonic())))
         self._reporter.tracing.metrics.watch(self._figures)
+        limits, tracing = _session_limits(settings), self._reporter.tracing
+        self._sessions = Sessions(self._store, gateway, files, access.image_url, limits, owner, tracing)
         loop = asyncio.get_running_loop()
         self._ticking = loop.create_task(self._sessions.tick())
         self._reporting = loop.create_task(forever(self._reporter.report, REPORT_S))
@@ -91,6 +98,24 @@ class Ingress:
     def _figures(self) -> Iterator[Metric]:
         yield gauge("rotunda_sessions_active", "Stream sessions that run.", {(): float(self._sessions.running)})
 
+    async def _prepare(self, url: str, auto_migrate: bool, access: Access) -> None:
+        """Bring the schema up to date, where that is wanted, and open the store.
+
+        A PostgreSQL that is away, or waits for an operator's migration, keeps the ingress unready, not from starting:
+        ``/ready`` says what is wrong. With SQLite the start fails; it is all here.
+        """
+        while True:
+            try:
+                if auto_migrate or url.startswith("sqlite"):
+                    await asyncio.to_thread(migrate.upgrade, url)
+                access.unlock(await self._store.signing_key())
+                return
+            except RotundaError as error:
+                if url.startswith("sqlite"):
+                    raise
+                logger.warning("the store is not ready: %s", error)
+            await asyncio.sleep(PREPARE_S)
+
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._services)
 
@@ -105,14 +130,17 @@ class Ingress:
                 raise RuntimeError("a loop of the ingress has ended") from task.exception()
 
     async def __del__(self) -> None:
-        await self._sessions.close()
-        self._ticking.cancel()
-        self._keeping.cancel()
-        self._tidying.cancel()
-        self._reporting.cancel()
+        # Not an end of the replies: where this replica is replaced, the next one goes on with them.
+        await self._sessions.hand_over()
+        for task in (self._preparing, self._ticking, self._keeping, self._tidying, self._reporting):
+            task.cancel()
         await self._reporter.close()
         self._sweeping.cancel()
         await self._store.close()
+
+
+def _nodes() -> int:
+    return sum(bool(node["Alive"]) for node in ray.nodes())
 
 
 def _warn_of_slow_modes() -> None:

@@ -1,11 +1,12 @@
-"""A reply in the making: an append-only list of events with any number of readers."""
+"""A reply in the making: a growing list of events with any number of readers."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 
-from serve_app.domain.events import Event, Numbered
+from serve_app.domain.events import Event, Numbered, Rewind, Token
+from serve_app.domain.stream_log import Transcript, rewind_for
 
 
 class LiveStream:
@@ -13,10 +14,15 @@ class LiveStream:
 
     Args:
         on_readers: called with the number of readers whenever it changes.
+        told: what there is of the stream already.
     """
 
-    def __init__(self, on_readers: Callable[[int], None] | None = None) -> None:
-        self.events: list[Numbered] = []
+    def __init__(self, on_readers: Callable[[int], None] | None = None, told: Transcript | None = None) -> None:
+        told = told or Transcript()
+        self.events: list[Numbered] = list(told.events)
+        self.length = len(told.text)
+        self.closed = False
+        self._starts = told.starts
         self._waiting: list[asyncio.Future[None]] = []
         self._readers = 0
         self._on_readers = on_readers or (lambda readers: None)
@@ -28,18 +34,33 @@ class LiveStream:
     def finished(self) -> bool:
         return bool(self.events) and self.events[-1].event.terminal
 
-    def append(self, event: Event) -> None:
+    def append(self, event: Event) -> Numbered:
         """Add an event and wake the readers; after a terminal event nothing may follow."""
-        assert not self.finished, f"{event} after the end of the stream"
-        self.events.append(Numbered(len(self.events) + 1, event))
-        waiting, self._waiting = self._waiting, []
-        for future in waiting:
-            if not future.done():
-                future.set_result(None)
+        numbered = Numbered(len(self.events) + 1, event)
+        self.extend([numbered])
+        return numbered
+
+    def extend(self, events: Iterable[Numbered]) -> None:
+        """Add events that have their numbers."""
+        for numbered in events:
+            assert not self.finished and not self.closed, f"{numbered} after the end of the stream"
+            if isinstance(numbered.event, Token):
+                self.length += len(numbered.event.text)
+            self.events.append(numbered)
+        self._wake()
+
+    def close(self) -> None:
+        """The stream goes on elsewhere: readers get what there is, and no more from here."""
+        self.closed = True
+        self._wake()
+
+    def rewind_for(self, after: int) -> Rewind | None:
+        """What a reader must be told first whose last event had the number ``after``."""
+        return rewind_for(after, len(self.events), self.length, self._starts)
 
     async def wait_beyond(self, seq: int) -> None:
-        """Return once there is an event after number ``seq``."""
-        while len(self.events) <= seq:
+        """Return once there is an event after number ``seq``, or there will be none."""
+        while len(self.events) <= seq and not self.closed:
             future = asyncio.get_running_loop().create_future()
             self._waiting.append(future)
             await future
@@ -49,7 +70,7 @@ class LiveStream:
         self._readers += 1
         self._on_readers(self._readers)
         try:
-            while not (self.finished and after >= len(self.events)):
+            while not ((self.finished or self.closed) and after >= len(self.events)):
                 await self.wait_beyond(after)
                 for numbered in self.events[after:]:
                     yield numbered
@@ -57,3 +78,9 @@ class LiveStream:
         finally:
             self._readers -= 1
             self._on_readers(self._readers)
+
+    def _wake(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)

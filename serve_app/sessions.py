@@ -1,8 +1,8 @@
 """Durable replies: a conversation's context in, a recorded stream out.
 
 Every reply of a conversation is a stream session. One ingress owns and generates it, in a task of its own: the client
-may leave and come back, and whoever ends the stream (the model, a person, a time limit, a shutdown) does it in one
-place.
+may leave and come back, here or elsewhere, and whoever ends the stream (the model, a person, a time limit, a shutdown)
+does it in one place. When the owner dies, another ingress adopts the session and goes on from its log.
 """
 
 from __future__ import annotations
@@ -10,49 +10,39 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
+from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
-from serve_app.domain.catalog import Capability
+from serve_app.author import Author
 from serve_app.domain.conversation import (
     SessionStatus,
-    StoredImage,
     StoredMessage,
     StreamSession,
     TerminationReason,
 )
-from serve_app.domain.errors import Internal, MalformedRequest, QueueFull, RotundaError
-from serve_app.domain.events import (
-    Ended,
-    Failed,
-    ImagesProcessed,
-    Loading,
-    Queued,
-    SessionOpened,
-    Switched,
-    Terminated,
-)
-from serve_app.domain.generation import (
-    Accepted,
-    Delta,
-    GenerationRequest,
-    Image,
-    Message,
-    Role,
-)
-from serve_app.domain.routing import Admission, Ask
-from serve_app.gateway import Completed, Gateway, Routed
+from serve_app.domain.errors import MalformedRequest, NotFound, QueueFull, RotundaError
+from serve_app.domain.events import Failed, Numbered
+from serve_app.domain.generation import GenerationRequest, Image, Message, Role
+from serve_app.domain.stream_log import Transcript
+from serve_app.domain.wanted import Wanted
+from serve_app.gateway import Gateway
+from serve_app.logbook import Contact, Logbook
 from serve_app.replies import ImageUrls, LiveReply, NewReply, SessionLimits
 from serve_app.store.images import ImageFiles
-from serve_app.store.records import NewSession, Progress
+from serve_app.store.ownership import Abandoned
+from serve_app.store.records import Adopted, AlreadyBegun, NewSession, utc_now
 from serve_app.store.store import Store
+from serve_app.tails import Tails
+from serve_app.telemetry.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
-FINISH_ATTEMPTS = 5
-OPENING_S = 2.0
-"""How long a resident model may take to accept the prompt before the stream opens without its word."""
+PRUNE_EVERY_S = 60.0
+TURN_S = 1.0
+"""An adoption that had to wait longer for its turn to write is put off: see Store.adopt_session."""
 
 
 class Sessions:
@@ -65,20 +55,32 @@ class Sessions:
         urls: where a client finds an image.
         limits: bounds and intervals.
         owner: this ingress, unique among all of them.
+        tracing: makes the spans of adopted replies, in the traces that they began in.
     """
 
     def __init__(
-        self, store: Store, gateway: Gateway, files: ImageFiles, urls: ImageUrls, limits: SessionLimits, owner: str
+        self,
+        store: Store,
+        gateway: Gateway,
+        files: ImageFiles,
+        urls: ImageUrls,
+        limits: SessionLimits,
+        owner: str,
+        tracing: Tracing | None = None,
     ) -> None:
         self._store = store
         self._gateway = gateway
         self._files = files
-        self._urls = urls
         self._limits = limits
         self._owner = owner
+        self._tracing = tracing or Tracing.off()
         self._live: dict[str, LiveReply] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
+        self._contact = Contact()
+        self._logbook = Logbook(store, owner, limits, self._live, self._contact)
+        self._tails = Tails(store, limits.tick_s, self._contact, self.rescue)
+        self._author = Author(store, gateway, urls, limits, self._logbook, self._contact)
 
     def __repr__(self) -> str:
         return f"Sessions(owner={self._owner!r}, live={sorted(self._live)})"
@@ -97,16 +99,14 @@ class Sessions:
 
         Raises:
             RotundaError: the request cannot be served; nothing was stored.
+            AlreadyBegun: it is served already, under the same idempotency key; nothing was stored.
         """
-        if self._closing or len(self._live) >= self._limits.max_sessions:
-            raise QueueFull(
-                f"This server already runs {len(self._live)} replies. Try again soon.", details={"retryAfterS": 2}
-            )
-        trail = new.trace
-        with trail.phase("store.read"):
-            request = await self._request(new)
-        ask = self._ask(new, request)
-        admission = await self._gateway.admit(ask, trail)
+        self._check_room()
+        wanted = new.wanted()
+        with new.trace.phase("store.read"):
+            request = await self._request(new, wanted)
+        ask = wanted.ask(request.request_id)
+        admission = await self._gateway.admit(ask, new.trace)
         first = admission.route.first
         opening = NewSession(
             id=request.request_id,
@@ -117,25 +117,64 @@ class Sessions:
             ttl_s=self._limits.ownership_s,
             timeout_ms=int(self._limits.session_timeout_s * 1000),
             trace_id=new.trace.trace_id,
+            wanted=wanted,
+            idempotency_key=new.idempotency_key,
+            fingerprint=new.fingerprint,
         )
         images = [upload.row for upload in new.uploads]
         try:
-            with trail.phase("store.write"):
-                user_message, session = await self._store.begin_reply(opening, text=new.text, images=images)
-        except RotundaError:
+            with new.trace.phase("store.write"):
+                question, session = await self._store.begin_reply(opening, text=new.text, images=images)
+        except (RotundaError, AlreadyBegun):
             await self._gateway.forget(ask, admission)
             raise
-        reply = LiveReply(new, session, user_message, self._limits)
-        self._live[session.id] = reply
-        trail.keep(session.id, new.conversation.id)
-        self._spawn(self._run(reply, ask, request, admission))
+        warnings = new.image_warnings
+        reply = LiveReply(new.conversation, session, question, wanted, new.trace, self._limits, warnings=warnings)
+
+        new.trace.keep(session.id, new.conversation.id)
+
+        async def known() -> GenerationRequest:
+            return request
+
+        self._take(reply, self._author.write(reply, known, admission, self._limits.session_timeout_s))
         return reply
+
+    async def follow(self, session: StreamSession, after: int = 0) -> AsyncGenerator[Numbered, None]:
+        """The events of a stream after number ``after``, wherever it is written, until the terminal one.
+
+        A reader who has seen what was lost with an owner is told to go back first (:class:`Rewind`), and again when
+        that happens while it reads.
+        """
+        while True:
+            try:
+                stream = reply.stream if (reply := self.find(session.id)) else await self._tails.open(session)
+            except RotundaError as error:
+                yield Numbered(after + 1, _unreadable(session, error))
+                return
+            rewind = stream.rewind_for(after)
+            if rewind is not None:
+                yield Numbered(rewind.seq, rewind)
+                after = rewind.seq
+            async with aclosing(stream.follow(after)) as events:
+                async for numbered in events:
+                    yield numbered
+                    after = numbered.seq
+            if stream.finished:
+                return
+            await asyncio.sleep(self._limits.tick_s)
+            try:
+                session = await self._store.get_session(session.id)
+            except NotFound as error:
+                yield Numbered(after + 1, _unreadable(session, error))
+                return
+            except RotundaError as error:
+                logger.warning("session %s cannot be looked up now: %s", session.id, error)
 
     async def terminate(self, session_id: str, conversation_id: str, reason: TerminationReason) -> StreamSession:
         """End a session wherever it runs, and return it as it was recorded.
 
         A session that has already ended is returned as it is. One whose owner does not answer within a few seconds is
-        returned still ACTIVE: the request stays recorded, and the sweep closes what nobody owns.
+        returned still ACTIVE: the request stays recorded, and whoever adopts it obeys it.
 
         Raises:
             NotFound: no such session. MalformedRequest: it belongs to another conversation.
@@ -149,18 +188,33 @@ class Sessions:
         if reply is not None:
             reply.stop(reason)
             await reply.done.wait()
-            return await self._store.get_session(session_id)
+            session = await self._store.get_session(session_id)
+            if session.status is not SessionStatus.ACTIVE:
+                return session
         await self._store.request_termination(session_id, reason.value)
         return await self._ended_elsewhere(session_id)
 
+    async def conclude(self, reply: LiveReply) -> None:
+        """Return when the reply has ended; it then tells its end even if another ingress wrote it."""
+        await reply.done.wait()
+        if not reply.moved:
+            return
+        session = await self._store.get_session(reply.session.id)
+        message = await self._store.get_message(session.message_id) if session.message_id else None
+        reply.ended_as(session, message)
+
     async def _ended_elsewhere(self, session_id: str) -> StreamSession:
         """The session as its owner, another ingress, ended it; as it is when the owner takes too long."""
-        deadline = asyncio.get_running_loop().time() + 2 * self._limits.ownership_s
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + 2 * self._limits.ownership_s
         while True:
-            session = await self._store.get_session(session_id)
-            if session.status is not SessionStatus.ACTIVE or asyncio.get_running_loop().time() > deadline:
-                return session
-            await asyncio.sleep(self._limits.tick_s)
+            ((state, _),) = (await self._store.read_log({session_id: 2**31 - 1})).values() or [(None, [])]
+            if state is None or not state.active or loop.time() > deadline:
+                return await self._store.get_session(session_id)
+            if state.abandoned:  # though its owner may live, and only could not renew: it should stop anyway
+                await self._store.close_abandoned([session_id])
+            else:
+                await asyncio.sleep(self._limits.tick_s)
 
     async def terminate_all(self, conversation_id: str, reason: TerminationReason) -> None:
         """End whatever runs for a conversation."""
@@ -169,72 +223,156 @@ class Sessions:
             await self.terminate(session.id, conversation_id, reason)
 
     async def tick(self) -> None:
-        """Keep the sessions: hear of terminations each tick, renew ownership, sweep what nobody owns."""
-        loop = asyncio.get_running_loop()
-        renewed = swept = loop.time()
-        while True:
-            await asyncio.sleep(self._limits.tick_s)
-            try:
-                await self._obey_terminations()
-                if loop.time() - renewed >= self._limits.ownership_s / 5:
-                    renewed = loop.time()
-                    await self._keep_ownership()
-                if loop.time() - swept >= self._limits.sweep_s:
-                    swept = loop.time()
-                    for session in await self._store.close_abandoned():
-                        logger.warning("closed session %s, whose owner %s is gone", session.id, session.owner)
-            except RotundaError as error:
-                logger.warning("the session store did not answer: %s", error)
+        """Keep the sessions, for ever: write the logs, read those of others, see to what nobody owns."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._logbook.run())
+            group.create_task(self._tails.run())
+            group.create_task(self._sweep())
+            group.create_task(self._prune())
+
+    async def rescue(self, session_id: str) -> None:
+        """Go on with a session whose owner is gone; end it when nobody may. With no room for it here, another will.
+
+        Not while the store itself was away a moment ago: then its owner may live, and only could not renew.
+        """
+        if self._closing or self._contact.steady_s() < self._limits.ownership_s or session_id in self._live:
+            return
+        if len(self._live) < self._limits.max_sessions:
+            adopted = await self._store.adopt_session(session_id, self._owner, self._limits.ownership_s, TURN_S)
+            if adopted is not None:
+                await self._adopt(adopted)
+                return
+        for session in await self._store.close_abandoned([session_id], hopeless=True):
+            logger.warning("closed session %s, whose owner %s is gone", session.id, session.owner)
 
     async def close(self) -> None:
         """End every running reply as terminated by the shutdown, with its partial text saved."""
+        await self._leave(lambda reply: reply.stop(TerminationReason.SERVER_SHUTDOWN))
+
+    async def hand_over(self) -> None:
+        """Give every running reply to the ingress that will adopt it; without one they count as terminated."""
+        replies = list(self._live.values())
+        await self._leave(lambda reply: reply.move())
+        for reply in replies:
+            if reply.moved:
+                await self._release(reply)
+
+    async def _leave(self, part_with: Callable[[LiveReply], None]) -> None:
         self._closing = True
         for reply in list(self._live.values()):
-            reply.stop(TerminationReason.SERVER_SHUTDOWN)
+            part_with(reply)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=10)
 
-    async def _obey_terminations(self) -> None:
-        if not self._live:
-            return
-        for session_id, reason in (await self._store.termination_requests(self._owner)).items():
-            reply = self.find(session_id)
-            if reply is not None:
-                reply.stop(TerminationReason(reason))
+    async def _release(self, reply: LiveReply) -> None:
+        try:
+            await self._store.release_session(reply.session.id, reply.session.epoch, reply.rest())
+        except RotundaError as error:
+            logger.warning("session %s could not be handed over: %s", reply.session.id, error)
 
-    async def _keep_ownership(self) -> None:
-        """Renew, record how far the replies have come, and stop those that somebody else has closed or adopted."""
-        owned = list(self._live)
-        kept = await self._store.renew_ownership(self._owner, owned, self._limits.ownership_s)
-        replies = [self._live[session_id] for session_id in kept if session_id in self._live]
-        await self._store.save_progress(
-            [
-                Progress(reply.session.id, reply.text, reply.token_count, reply.model, reply.provider)
-                for reply in replies
-            ]
+    def _check_room(self) -> None:
+        if self._closing or len(self._live) >= self._limits.max_sessions:
+            raise QueueFull(
+                f"This server already runs {len(self._live)} replies. Try again soon.", details={"retryAfterS": 2}
+            )
+
+    async def _adopt(self, adopted: Adopted) -> None:
+        """Go on with a reply from its log."""
+        session, told = adopted.session, Transcript()
+        told.add(adopted.rows)
+        told.adopted(session.epoch)
+        wanted = session.wanted or Wanted()
+        conversation = await self._store.get_conversation(session.conversation_id)
+        question = await self._store.get_message(session.question_id or "")
+        trace = self._tracing.continued("adopt", wanted.trace)
+        trace.keep(session.id, conversation.id)
+        trace.end()  # as soon as the reply has
+        reply = LiveReply(conversation, session, question, wanted, trace, self._limits, told=told)
+        logger.warning(
+            "session %s is adopted after event %d, as its owner number %d", session.id, told.seq, session.epoch
         )
-        for session_id in set(owned) - kept:
-            reply = self.find(session_id)
-            if reply is not None and not reply.ending:
-                logger.warning("session %s is no longer ours: its generation stops", session_id)
-                reply.stop(TerminationReason.ERROR)
 
-    async def _request(self, new: NewReply) -> GenerationRequest:
+        async def again() -> GenerationRequest:
+            return await self._request_again(reply, told)
+
+        age_s = (utc_now() - session.started_at).total_seconds()
+        self._take(reply, self._author.write(reply, again, None, self._limits.session_timeout_s - age_s))
+        self._tails.leave(session.id)
+
+    def _take(self, reply: LiveReply, life: Coroutine[Any, Any, None]) -> None:
+        """Let the reply live, in a task of its own."""
+        reply.hurry = self._logbook.hurry
+        self._live[reply.session.id] = reply
+        task = asyncio.get_running_loop().create_task(life)
+        self._tasks.add(task)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            self._live.pop(reply.session.id, None)
+
+        task.add_done_callback(ended)
+
+    async def _sweep(self) -> None:
+        """See to abandoned sessions that nobody follows. Each is looked at twice: its owner may be about to renew."""
+        seen: set[str] = set()
+        while True:
+            await asyncio.sleep(self._limits.sweep_s if not seen else 2 * self._limits.ownership_s / 5)
+            try:
+                abandoned = await self._store.abandoned_sessions()
+                for one in abandoned:
+                    if one.session.id in seen:
+                        await self._see_to(one)
+            except RotundaError as error:
+                self._contact.lost(error)
+                continue
+            seen = set() if seen else {one.session.id for one in abandoned}
+
+    async def _see_to(self, one: Abandoned) -> None:
+        if one.for_s < self._limits.detach_grace_s:
+            await self.rescue(one.session.id)
+        elif self._contact.steady_s() >= self._limits.ownership_s:
+            for session in await self._store.close_abandoned([one.session.id]):
+                logger.warning("closed session %s, whose owner %s is gone", session.id, session.owner)
+
+    async def _prune(self) -> None:
+        """Delete logs that nobody will follow any more."""
+        while True:
+            await asyncio.sleep(PRUNE_EVERY_S)
+            try:
+                while await self._store.prune_log(utc_now() - timedelta(seconds=self._limits.log_retention_s)):
+                    pass
+            except RotundaError as error:
+                logger.warning("the logs of ended streams stay for now: %s", error)
+
+    async def _request(self, new: NewReply, wanted: Wanted) -> GenerationRequest:
         """The model's view of the conversation: system prompt, history with its images, the new message."""
-        system = new.system_prompt or new.conversation.system_prompt
         history = await self._store.last_messages(new.conversation.id, self._limits.max_history)
-        messages = [Message.of(Role.SYSTEM, system)] if system else []
+        question = Message.of(Role.USER, new.text, tuple(upload.image for upload in new.uploads))
+        return await self._composed(secrets.token_hex(16), history, question, wanted)
+
+    async def _request_again(self, reply: LiveReply, told: Transcript) -> GenerationRequest:
+        """The same view again, and what has come of it."""
+        question = reply.user_message
+        before = reply.conversation.id, self._limits.max_history
+        history = await self._store.list_messages(before[0], before=question.id, limit=before[1])
+        request = await self._composed(secrets.token_hex(16), history, await self._recall(question), reply.wanted)
+        return replace(request, continuation=told.continuation)
+
+    async def _composed(
+        self, id: str, history: list[StoredMessage], question: Message, wanted: Wanted
+    ) -> GenerationRequest:
+        messages = [Message.of(Role.SYSTEM, wanted.system)] if wanted.system else []
         messages += [await self._recall(stored) for stored in history if stored.text or stored.images]
-        messages.append(Message.of(Role.USER, new.text, tuple(upload.image for upload in new.uploads)))
         return GenerationRequest(
-            request_id=secrets.token_hex(16),
-            model=new.model or "",
-            messages=tuple(messages),
-            options=new.options,
-            priority=new.priority,
-            caller=new.caller,
-            context_policy=new.context_policy,
-            trace=new.trace.carrier(),
+            request_id=id,
+            model=wanted.model or "",
+            messages=(*messages, question),
+            options=wanted.options,
+            priority=wanted.priority,
+            caller=wanted.caller,
+            context_policy=wanted.context_policy,
+            trace=wanted.trace,
+            draw_seed=wanted.draw_seed,
         )
 
     async def _recall(self, stored: StoredMessage) -> Message:
@@ -245,155 +383,6 @@ class Sessions:
             images.append(Image(row.mime_type, data))
         return Message.of(role, stored.text, tuple(images))
 
-    @staticmethod
-    def _ask(new: NewReply, request: GenerationRequest) -> Ask:
-        needs = {Capability.CHAT} | ({Capability.VISION} if new.uploads else set())
-        return Ask(
-            ticket=request.request_id,
-            model=new.model or new.conversation.llm_model or None,
-            needs=frozenset(needs),
-            fallbacks=new.fallbacks,
-            priority=new.priority,
-            caller=new.caller,
-        )
 
-    def _spawn(self, coroutine: Any) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _run(self, reply: LiveReply, ask: Ask, request: GenerationRequest, admission: Admission) -> None:
-        """Generate in a task that can be cancelled, and record the end whatever it is."""
-        loop = asyncio.get_running_loop()
-        generation = loop.create_task(self._generate(reply, ask, request, admission))
-        reply.run(generation)
-        timeout = loop.call_later(self._limits.session_timeout_s, reply.stop, TerminationReason.TIMEOUT)
-        opening = loop.call_later(OPENING_S, self._open, reply, None)
-        completed: Completed | None = None
-        failure: RotundaError | None = None
-        try:
-            completed = await generation
-        except asyncio.CancelledError:
-            reply.stop_reason = reply.stop_reason or TerminationReason.SERVER_SHUTDOWN
-        except RotundaError as error:
-            failure = error
-        except Exception:
-            logger.exception("session %s failed (trace %s)", reply.session.id, reply.new.trace.trace_id)
-            failure = Internal.masked()
-        finally:
-            timeout.cancel()
-            opening.cancel()
-        await self._finish(reply, completed, failure)
-
-    async def _generate(
-        self, reply: LiveReply, ask: Ask, request: GenerationRequest, admission: Admission
-    ) -> Completed | None:
-        completed: Completed | None = None
-        async with aclosing(self._gateway.reply(ask, request, admission, reply.new.trace)) as steps:
-            async for step in steps:
-                match step:
-                    case Routed(candidate):
-                        reply.model, reply.provider = candidate.name, candidate.entry.provider
-                    case Accepted():
-                        self._open(reply, step.dropped)
-                    case Delta():
-                        self._open(reply, None)
-                        reply.add(step)
-                    case Queued() | Loading() | Switched():
-                        self._open(reply, None)
-                        reply.stream.append(step)
-                    case Completed():
-                        completed = step
-        return completed
-
-    def _open(self, reply: LiveReply, dropped: int | None) -> None:
-        """The first event of the stream, once."""
-        if reply.stream.events:
-            return
-        new = reply.new
-        reply.stream.append(
-            SessionOpened(
-                reply.session.id, new.conversation.id, reply.model, reply.provider, new.trace.trace_id, dropped
-            )
-        )
-        if new.uploads:
-            images = tuple(self._image_json(image, new.conversation.is_private) for image in reply.user_message.images)
-            reply.stream.append(ImagesProcessed(images, new.image_warnings))
-
-    def _image_json(self, image: StoredImage, private: bool) -> Mapping[str, Any]:
-        return {
-            "id": image.id,
-            "filename": image.filename,
-            "url": self._urls(image, private),
-            "size": image.file_size,
-            "mimeType": image.mime_type,
-        }
-
-    async def _finish(self, reply: LiveReply, completed: Completed | None, failure: RotundaError | None) -> None:
-        """Record the end, then tell it; a store that does not answer is asked again before the client hears of it."""
-        with reply.new.trace.phase("store.write"):
-            try:
-                row = await self._record(reply, completed, failure)
-            except RotundaError as error:
-                logger.error("session %s could not be recorded: %s", reply.session.id, error)
-                failure, row = error, None
-            reply.failure = failure
-            if row is not None and row.message_id is not None:
-                reply.message = await self._saved(row.message_id)
-        if failure is None:
-            self._open(reply, None)
-        reply.stream.append(self._terminal(reply, completed, failure, row))
-        reply.new.trace.finish(failure, reply.stop_reason)
-        reply.leave_alone()
-        reply.done.set()
-        self._live.pop(reply.session.id, None)
-
-    async def _saved(self, message_id: str) -> StoredMessage | None:
-        try:
-            return await self._store.get_message(message_id)
-        except RotundaError:
-            return None
-
-    async def _record(
-        self, reply: LiveReply, completed: Completed | None, failure: RotundaError | None
-    ) -> StreamSession:
-        status = SessionStatus.COMPLETED
-        if failure is not None:
-            status = SessionStatus.ERROR
-        elif reply.stop_reason is not None:
-            status = SessionStatus.TERMINATED
-        attempt = 0
-        while True:
-            try:
-                return await self._store.finish_session(
-                    reply.session.id,
-                    status=status,
-                    text=reply.text,
-                    token_count=reply.token_count,
-                    model=reply.model,
-                    provider=reply.provider,
-                    usage=completed.finish.usage if completed else None,
-                    timing=completed.timing if completed else None,
-                    finish_reason=completed.finish.reason.value if completed else None,
-                    termination_reason=reply.stop_reason.value if reply.stop_reason and not failure else None,
-                    error_code=failure.code if failure else None,
-                    error_message=failure.message if failure else None,
-                )
-            except RotundaError as error:
-                attempt += 1
-                if attempt == FINISH_ATTEMPTS or not error.retryable:
-                    raise
-                await asyncio.sleep(0.1 * 2**attempt)
-
-    @staticmethod
-    def _terminal(
-        reply: LiveReply, completed: Completed | None, failure: RotundaError | None, row: StreamSession | None
-    ) -> Ended | Terminated | Failed:
-        if failure is not None:
-            trace_id = reply.new.trace.trace_id
-            return Failed(failure.code, failure.message, failure.provider, failure.retryable, trace_id, failure.details)
-        if completed is None or reply.stop_reason is not None:
-            reason = (reply.stop_reason or TerminationReason.ERROR).value
-            return Terminated(reply.session.id, reply.text, reply.token_count, reason)
-        message_id = row.message_id if row else None
-        return Ended(message_id, completed.finish.usage, completed.timing, completed.finish.reason)
+def _unreadable(session: StreamSession, error: RotundaError) -> Failed:
+    return Failed(error.code, error.message, None, error.retryable, session.trace_id or "", error.details)

@@ -10,6 +10,7 @@ import hypothesis
 import pytest
 
 from tests.cluster import MODELS, Cluster, model_application, wait_until
+from tests.postgres import Postgres
 
 # A time limit per example would judge the machine.
 hypothesis.settings.register_profile("suite", deadline=None)
@@ -26,6 +27,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return 2 if item.get_closest_marker("own_cluster") else int(any(folder in path for folder in LAST))
 
     items.sort(key=rank)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server of this test session; tests make databases on it."""
+    server = Postgres()
+    server.start()
+    yield server
+    server.remove()
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ from serve_app.config import Settings
 from serve_app.domain.backoff import Backoff
 from serve_app.domain.catalog import Capability, Catalogue, Entry, ModelInfo, ModelState, application_name
 from serve_app.domain.embeddings import Embeddings
+from serve_app.domain.errors import ProviderUnavailable
 from serve_app.domain.fleet import Failed, Fleet, FleetView, ProviderStatus, Report
 from serve_app.domain.generation import GenerationRequest, Item
 from serve_app.domain.leasing import Orders
@@ -208,6 +209,18 @@ class LocalPlatform:
         """A client of such a server: it sees chunks as they come, and may leave."""
         return httpx.AsyncClient(base_url=await self.serve(), headers=headers, timeout=30)
 
+    @contextlib.contextmanager
+    def cut_off(self) -> Iterator[None]:
+        """Let nothing reach the database from here: to all others this ingress is dead, and it does not know."""
+        database = self.services.store._db
+
+        def unreachable() -> Any:
+            raise ProviderUnavailable("The conversation store cannot be reached now.")
+
+        database.read = database.write = unreachable  # type: ignore[method-assign]
+        yield
+        del database.read, database.write
+
     async def close(self) -> None:
         await self.services.sessions.close()
         await self._stack.aclose()
@@ -223,6 +236,7 @@ async def build_services(
     aliases: dict[str, str] | None = None,
     extra: dict[str, Any] | None = None,
     tracing: Tracing | None = None,
+    owner: str = "this-ingress",
     **settings: Any,
 ) -> LocalPlatform:
     """A platform whose data lie below ``tmp_path``; close it.
@@ -233,10 +247,11 @@ async def build_services(
         aliases: other names of models.
         extra: options of the scripted engines.
         tracing: of the ingress.
+        owner: the name of the ingress; another one may share the ``database_url``.
         settings: fields of :class:`Settings`.
     """
     infos = tuple(models)
-    url = await _fresh_database(tmp_path)
+    url = settings.pop("database_url", None) or await _fresh_database(tmp_path)
     known = {
         "database_url": url,
         "image_storage_path": tmp_path / "images",
@@ -252,7 +267,7 @@ async def build_services(
     gateway = ForgetfulGateway(router, backend, Limits(backoff=Backoff(base_s=0.001)))
     files = ImageFiles(values.image_storage_path)
     access = Access(store, Passwords(), await store.signing_key(), values)
-    sessions = Sessions(store, gateway, files, access.image_url, _session_limits(values), "this-ingress")
+    sessions = Sessions(store, gateway, files, access.image_url, _session_limits(values), owner, tracing)
 
     async def problems() -> list[str]:
         return list((await router.view()).notes)

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 
 from serve_app.config import Settings
 from serve_app.domain.conversation import Conversation, StoredImage
-from serve_app.domain.errors import AccessError, Forbidden, NotFound, RateLimited, Unauthenticated
+from serve_app.domain.errors import AccessError, Forbidden, NotFound, ProviderUnavailable, RateLimited, Unauthenticated
 from serve_app.store.passwords import Passwords
 from serve_app.store.store import Store
 from serve_app.store.tokens import sign, verify
@@ -35,7 +35,7 @@ class Access:
     Args:
         store: conversations, images and the count of password attempts.
         passwords: hashes and checks passwords.
-        signing_key: signs tokens; the same on every replica.
+        signing_key: signs tokens; the same on every replica. None: :meth:`unlock` brings it.
         settings: API keys.
         clock: the time in UTC.
     """
@@ -44,19 +44,29 @@ class Access:
         self,
         store: Store,
         passwords: Passwords,
-        signing_key: bytes,
+        signing_key: bytes | None,
         settings: Settings,
         clock: Callable[[], datetime] = _now,
     ) -> None:
         self._store = store
         self.passwords = passwords
-        self._signing_key = signing_key
+        self._key = signing_key
         self._clock = clock
         self._keys = {_digest(key.get_secret_value()) for key in settings.api_keys}
         self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
     def __repr__(self) -> str:
         return f"Access(keys={len(self._keys)})"
+
+    def unlock(self, signing_key: bytes) -> None:
+        """The store could be read at last: from now on tokens are given and taken."""
+        self._key = signing_key
+
+    @property
+    def _signing_key(self) -> bytes:
+        if self._key is None:
+            raise ProviderUnavailable("The conversation store cannot be reached now. Try again shortly.")
+        return self._key
 
     @property
     def needs_key(self) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, aclosing
+import hashlib
+import json
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from datetime import UTC, datetime
 
 from fastapi import APIRouter, Request, Response
@@ -12,23 +14,25 @@ from starlette.responses import JSONResponse
 from serve_app.api.access import ANONYMOUS
 from serve_app.api.body import StreamMessage, TerminateStream, json_body, stream_message
 from serve_app.api.context import address_of, caller_of, token_of, trace_of
-from serve_app.api.recorded import recorded
+from serve_app.api.images import RawImage, Received
 from serve_app.api.services import Services
-from serve_app.api.sse import EventStream, encode, encode_event
+from serve_app.api.sse import EventStream, encode
 from serve_app.api.validation import read
 from serve_app.domain.conversation import Conversation, SessionStatus, StreamSession, TerminationReason
 from serve_app.domain.errors import (
     DeadlineExceeded,
     InvalidInput,
     MalformedRequest,
-    ProviderUnavailable,
     RotundaError,
 )
+from serve_app.domain.events import Numbered
 from serve_app.replies import LiveReply, NewReply
-from serve_app.store.records import new_id
+from serve_app.store.records import AlreadyBegun, new_id
 from serve_app.telemetry.tracing import Trail
 
 TITLE_LENGTH = 60
+IDEMPOTENCY_KEY = "Idempotency-Key"
+MAX_KEY_LENGTH = 255
 
 
 class Streams:
@@ -41,40 +45,72 @@ class Streams:
     async def begin(self, request: Request) -> Response:
         """``POST /api/stream-message``: what can be refused is refused before the stream opens."""
         trace = trace_of(request.scope)
-        async with AsyncExitStack() as block:
-            with trace.phase("request.read"):
-                body, images = await stream_message(request)
-                longest = self._services.settings.max_message_chars
-                if len(body.message) > longest:
-                    raise InvalidInput(f"The message has {len(body.message):,} characters; {longest:,} is the most.")
-                options = body.options.to_options()
-                existing = await self._existing(body, request)
-                received = await block.enter_async_context(self._services.intake.receive(images))
-                conversation = existing or await self._create(body)
-            try:
-                reply = await self._services.sessions.start(
-                    NewReply(
-                        conversation=conversation,
-                        text=body.message,
-                        model=body.model,
-                        system_prompt=body.system_prompt,
-                        uploads=received.uploads,
-                        image_warnings=received.warnings,
-                        options=options,
-                        priority=body.order,
-                        fallbacks=tuple(body.fallback_models),
-                        context_policy=body.context_policy,
-                        on_disconnect=body.on_disconnect,
-                        caller=caller_of(request) or ANONYMOUS,
-                        trace=trace,
-                    )
-                )
-                await reply.opened()
-            except RotundaError:
-                if existing is None:
-                    await self._discard(conversation)
-                raise
-        return EventStream(_encoded(reply, 0), self._heartbeat_s)
+        with trace.phase("request.read"):
+            body, images = await stream_message(request)
+            longest = self._services.settings.max_message_chars
+            if len(body.message) > longest:
+                raise InvalidInput(f"The message has {len(body.message):,} characters; {longest:,} is the most.")
+            options = body.options.to_options()
+            key, print_ = _idempotency(request, body, images)
+            known = None if key is None else await self._services.store.session_by_key(key)
+            existing = None if known is not None else await self._existing(body, request)
+        if known is not None:
+            return await self._join(known, print_, body, request)
+
+        def wanted(conversation: Conversation, received: Received) -> NewReply:
+            return NewReply(
+                conversation=conversation,
+                text=body.message,
+                model=body.model,
+                system_prompt=body.system_prompt,
+                uploads=received.uploads,
+                image_warnings=received.warnings,
+                options=options,
+                priority=body.order,
+                fallbacks=tuple(body.fallback_models),
+                context_policy=body.context_policy,
+                on_disconnect=body.on_disconnect,
+                caller=caller_of(request) or ANONYMOUS,
+                trace=trace,
+                idempotency_key=key,
+                fingerprint=print_,
+            )
+
+        try:
+            async with self._services.intake.receive(images) as received:
+                reply = await self._begun(existing or await self._create(body), wanted, received, existing is None)
+        except AlreadyBegun as begun:
+            return await self._join(await self._services.store.get_session(begun.session_id), print_, body, request)
+        return self._following(reply.session, 0)
+
+    async def _begun(
+        self,
+        conversation: Conversation,
+        wanted: Callable[[Conversation, Received], NewReply],
+        received: Received,
+        fresh: bool,
+    ) -> LiveReply:
+        """The reply, once its stream has begun; a ``fresh`` conversation does not outlive a reply that cannot begin."""
+        try:
+            reply = await self._services.sessions.start(wanted(conversation, received))
+            await reply.opened()
+        except (RotundaError, AlreadyBegun):
+            if fresh:
+                await self._discard(conversation)
+            raise
+        return reply
+
+    async def _join(self, known: StreamSession, fingerprint: str, body: StreamMessage, request: Request) -> Response:
+        """The answer to a request that was made before: the stream that it began."""
+        await self._services.access.conversation(
+            known.conversation_id, password=body.password, token=token_of(request), address=address_of(request)
+        )
+        if known.fingerprint != fingerprint:
+            raise InvalidInput(
+                "Another message was sent with this Idempotency-Key before. A new message needs a new key.",
+                details={"param": IDEMPOTENCY_KEY},
+            )
+        return self._following(known, 0)
 
     async def follow(self, session_id: str, request: Request) -> Response:
         """``GET /api/stream-message/{sessionId}``: replay what was sent after an event, and follow."""
@@ -84,22 +120,13 @@ class Streams:
         await services.access.conversation(
             session.conversation_id, token=token_of(request), address=address_of(request)
         )
-        reply = services.sessions.find(session_id)
         trace = trace_of(request.scope)
         trace.follows(session.trace_id, session.id)
-        if reply is not None:
-            if after > len(reply.stream.events):
-                raise InvalidInput(f"This stream has no event {after} yet.")
-            return EventStream(_followed(trace, _encoded(reply, after)), self._heartbeat_s)
-        if session.status is SessionStatus.ACTIVE:
-            # It may have ended between the two looks.
-            session = await services.store.get_session(session_id)
-        if session.status is SessionStatus.ACTIVE:
-            raise ProviderUnavailable(
-                "Another server of this cluster is writing this reply. Try again, or come back when it is done.",
-                details={"retryAfterS": 2},
-            )
-        return EventStream(_followed(trace, _recorded(session, after)), self._heartbeat_s)
+        chunks = _encoded(services.sessions.follow(session, after))
+        return EventStream(_followed(trace, chunks), self._heartbeat_s)
+
+    def _following(self, session: StreamSession, after: int) -> Response:
+        return EventStream(_encoded(self._services.sessions.follow(session, after)), self._heartbeat_s)
 
     async def terminate(self, request: Request) -> Response:
         """``POST /api/terminate-stream``: end a stream wherever it runs; the partial reply is kept."""
@@ -138,8 +165,8 @@ class Streams:
         await self._services.archive.drop(await self._services.store.delete_conversation(conversation.id))
 
 
-async def _encoded(reply: LiveReply, after: int) -> AsyncGenerator[bytes, None]:
-    async with aclosing(reply.stream.follow(after)) as events:
+async def _encoded(events: AsyncGenerator[Numbered, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(events):
         async for numbered in events:
             yield encode(numbered)
 
@@ -152,15 +179,18 @@ async def _followed(trace: Trail, chunks: AsyncGenerator[bytes, None]) -> AsyncG
                 yield chunk
 
 
-async def _recorded(session: StreamSession, after: int) -> AsyncGenerator[bytes, None]:
-    """A stream that has ended, as its row tells it: opening, the whole text, the end.
-
-    The row does not know how the text was cut into events. A client that has seen some is told to drop its text first.
-    """
-    if after:
-        yield encode_event({"seq": 0, "offset": 0}, "rewind")
-    for numbered in recorded(session):
-        yield encode(numbered)
+def _idempotency(request: Request, body: StreamMessage, images: Sequence[RawImage | str]) -> tuple[str | None, str]:
+    """What names the request among all of this caller's, and what tells whether another is the same."""
+    given = request.headers.get(IDEMPOTENCY_KEY)
+    if given is not None and not 0 < len(given) <= MAX_KEY_LENGTH:
+        raise InvalidInput(f"{IDEMPOTENCY_KEY} must have 1 to {MAX_KEY_LENGTH} characters.")
+    content = body.model_dump(mode="json", exclude={"password"})
+    uploads = [hashlib.sha256(image.encode() if isinstance(image, str) else image.data).hexdigest() for image in images]
+    fingerprint = hashlib.sha256(json.dumps([content, uploads], sort_keys=True).encode()).hexdigest()
+    if given is None:
+        return None, fingerprint
+    # Not the key itself: keys of one caller must not be guessed by another, nor read in the store.
+    return hashlib.sha256(f"{caller_of(request) or ANONYMOUS}\n{given}".encode()).hexdigest(), fingerprint
 
 
 def _position(request: Request) -> int:

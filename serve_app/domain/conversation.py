@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any, Literal
 
 from serve_app.domain.generation import Timing, Usage
+from serve_app.domain.wanted import Wanted
 
 Sender = Literal["user", "llm"]
 
@@ -80,7 +81,12 @@ class StoredMessage:
 
 @dataclass(frozen=True, slots=True)
 class StreamSession:
-    """One reply in the making or made. ``owner`` is the ingress that generates it."""
+    """One reply in the making or made.
+
+    ``owner`` is the ingress that generates it, the ``epoch``-th one; None for one that was given up, for another to
+    adopt. ``question_id``: the message that it answers. ``provider_stopped``: whether the call to the model was ended
+    before its end, of a reply that was terminated.
+    """
 
     id: str
     conversation_id: str
@@ -102,6 +108,11 @@ class StreamSession:
     usage: Usage | None = None
     timing: Timing | None = None
     finish_reason: str | None = None
+    epoch: int = 1
+    wanted: Wanted | None = None
+    question_id: str | None = None
+    fingerprint: str | None = None
+    provider_stopped: bool | None = None
 
     def summary(self) -> dict[str, Any]:
         """The fields that tell the session's end, as JSON values."""
@@ -111,5 +122,7 @@ class StreamSession:
             "terminationReason": self.termination_reason,
             "partialResponse": self.partial_response,
             "tokenCount": self.token_count,
+            "usage": self.usage.to_json() if self.usage else None,
+            "providerStopped": self.provider_stopped,
             "savedMessageId": self.message_id,
         }

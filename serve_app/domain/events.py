@@ -168,7 +168,23 @@ class Failed:
         }
 
 
-Event = SessionOpened | ImagesProcessed | Queued | Loading | Token | Switched | Ended | Terminated | Failed
+@dataclass(frozen=True, slots=True)
+class Rewind:
+    """For one reader: what it has of the text from ``offset`` (code points) on was lost; event ``seq`` is its last.
+
+    It is no event of the stream, and what follows has the numbers after ``seq``.
+    """
+
+    name: ClassVar[str | None] = "rewind"
+    terminal: ClassVar[bool] = False
+    seq: int
+    offset: int
+
+    def payload(self) -> dict[str, Any]:
+        return {"seq": self.seq, "offset": self.offset}
+
+
+Event = SessionOpened | ImagesProcessed | Queued | Loading | Token | Switched | Ended | Terminated | Failed | Rewind
 
 
 @dataclass(frozen=True, slots=True)

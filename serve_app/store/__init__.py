@@ -2,7 +2,7 @@
 
 from serve_app.store.images import ImageFiles, SavedImage
 from serve_app.store.passwords import Passwords, Verdict
-from serve_app.store.records import BegunReply, Cursor, NewImage, NewSession, Progress, new_id
+from serve_app.store.records import BegunReply, Cursor, NewImage, NewSession, new_id
 from serve_app.store.store import Store
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "NewImage",
     "NewSession",
     "Passwords",
-    "Progress",
     "SavedImage",
     "Store",
     "Verdict",

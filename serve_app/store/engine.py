@@ -62,6 +62,19 @@ def parse_url(text: str) -> URL:
     return url.set(drivername=driver)
 
 
+def check_nodes(url: str, nodes: int) -> None:
+    """Refuse SQLite on a cluster of several nodes: each would have a file of its own.
+
+    Raises:
+        InvalidConfig: it is so.
+    """
+    if url.startswith("sqlite") and nodes > 1:
+        raise InvalidConfig(
+            f"The cluster has {nodes} nodes, and DATABASE_URL is a SQLite file, which only one of them has. "
+            "Use PostgreSQL: postgresql+asyncpg://HOST/NAME"
+        )
+
+
 def sqlite_file(url: URL) -> Path | None:
     """The file of a SQLite URL; None for PostgreSQL."""
     return Path(url.database or "") if url.get_backend_name() == "sqlite" else None
@@ -129,10 +142,16 @@ def _is_transient(error: Exception) -> bool:
 
 
 class Database:
-    """Transactions on one engine: reads run side by side, and SQLite has one writer per process at a time."""
+    """Transactions on one engine: reads run side by side, and SQLite has one writer per process at a time.
 
-    def __init__(self, url: URL) -> None:
+    Args:
+        url: of the database.
+        check: raises when the database must not be used; asked before every transaction until it passes.
+    """
+
+    def __init__(self, url: URL, check: Callable[[Connection], None] | None = None) -> None:
         self.url = url
+        self._check = check
         self._engine = make_engine(url)
         self._writer = writer(self._engine)
         self._turn: AbstractAsyncContextManager[Any] = asyncio.Lock() if sqlite_file(url) else nullcontext()
@@ -145,6 +164,7 @@ class Database:
     async def read(self) -> AsyncIterator[AsyncConnection]:
         """A transaction that only reads: one snapshot of the database on SQLite."""
         with translated():
+            await self._checked()
             async with self._engine.begin() as connection:
                 yield connection
 
@@ -152,8 +172,15 @@ class Database:
     async def write(self) -> AsyncIterator[AsyncConnection]:
         """A transaction that may write: kept whole when the block ends, dropped whole when it raises."""
         with translated():
+            await self._checked()
             async with self._turn, self._writer.begin() as connection:
                 yield connection
+
+    async def _checked(self) -> None:
+        if self._check is not None:
+            async with self._engine.begin() as connection:
+                await connection.run_sync(self._check)
+            self._check = None
 
     async def carry_out(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Await ``work``, which goes on to its end when the caller is cancelled: see :func:`whole`."""

@@ -23,6 +23,9 @@ from serve_app.domain.conversation import (
 )
 from serve_app.domain.errors import InvalidInput
 from serve_app.domain.generation import Timing, Usage
+from serve_app.domain.stream_log import LogRow, Origin
+from serve_app.domain.wanted import Wanted
+from serve_app.store.tables import database_ms
 
 
 def new_id() -> str:
@@ -77,7 +80,11 @@ class NewImage:
 
 @dataclass(frozen=True, slots=True)
 class NewSession:
-    """A stream session to open. ``owner`` generates it and renews its ownership before ``ttl_s`` seconds pass."""
+    """A stream session to open. ``owner`` generates it and renews its ownership before ``ttl_s`` seconds pass.
+
+    ``wanted``: how the reply is wanted, so that another owner can go on with it; None: nobody can.
+    ``idempotency_key``: names the request among all requests; ``fingerprint``: tells whether another is the same.
+    """
 
     id: str
     conversation_id: str
@@ -87,20 +94,38 @@ class NewSession:
     ttl_s: float = 5.0
     timeout_ms: int | None = None
     trace_id: str | None = None
+    wanted: Wanted | None = None
+    idempotency_key: str | None = None
+    fingerprint: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far the reply of an active session has come; ``None`` leaves a field as it is.
+class AlreadyBegun(Exception):
+    """The reply that was to begin has begun before, under the same idempotency key, as the session ``session_id``."""
 
-    ``model`` and ``provider`` change when another candidate goes on with the reply.
-    """
+    def __init__(self, session_id: str) -> None:
+        super().__init__(session_id)
+        self.session_id = session_id
 
-    session_id: str
-    partial_response: str | None = None
-    token_count: int | None = None
-    model: str | None = None
-    provider: str | None = None
+
+class Pulse(NamedTuple):
+    """An active session as its owner finds it: ``terminate`` is the reason for which it should stop."""
+
+    epoch: int
+    terminate: str | None
+
+
+class SessionState(NamedTuple):
+    """What followers must know of a session: whether it runs, and whether its owner still does."""
+
+    active: bool
+    abandoned: bool
+
+
+class Adopted(NamedTuple):
+    """A session that has a new owner, and what its log says."""
+
+    session: StreamSession
+    rows: list[LogRow]
 
 
 class BegunReply(NamedTuple):
@@ -176,6 +201,11 @@ def session_of(row: Row[Any]) -> StreamSession:
         usage=_usage_of(row),
         timing=_timing_of(row),
         finish_reason=row.finish_reason,
+        epoch=row.epoch,
+        wanted=None if row.wanted is None else Wanted.from_json(json.loads(row.wanted)),
+        question_id=row.question_id,
+        fingerprint=row.fingerprint,
+        provider_stopped=row.provider_stopped,
     )
 
 
@@ -191,6 +221,33 @@ def _timing_of(row: Row[Any]) -> Timing | None:
     return Timing(row.queued_s, row.load_s, row.ttft_s, row.decode_s, row.total_s)
 
 
+def session_values(new: NewSession, question_id: str | None) -> dict[str, Any]:
+    """The row of a session that begins now."""
+    now = utc_now()
+    return {
+        "id": new.id,
+        "conversation_id": new.conversation_id,
+        "model": new.model,
+        "provider": new.provider,
+        "status": SessionStatus.ACTIVE.value,
+        "started_at": now,
+        "updated_at": now,
+        "created_at": now,
+        "partial_response": "",
+        "token_count": 0,
+        "timeout_ms": new.timeout_ms,
+        "trace_id": new.trace_id,
+        "owner": new.owner,
+        "owned_until_ms": database_ms() + int(new.ttl_s * 1000),
+        "epoch": 1,
+        "wanted": None if new.wanted is None else json.dumps(new.wanted.to_json()),
+        "question_id": question_id,
+        "idempotency_key": new.idempotency_key,
+        "fingerprint": new.fingerprint,
+        "has_log": new.wanted is not None,
+    }
+
+
 def usage_columns(usage: Usage | None) -> dict[str, int | None]:
     """The columns of stream_sessions that hold ``usage``."""
     names = ("prompt_tokens", "completion_tokens", "cached_tokens")
@@ -201,3 +258,45 @@ def timing_columns(timing: Timing | None) -> dict[str, float | None]:
     """The columns of stream_sessions that hold ``timing``, in seconds."""
     names = ("queued_s", "load_s", "ttft_s", "decode_s", "total_s")
     return {name: getattr(timing, name, None) for name in names}
+
+
+def log_values(session_id: str, row: LogRow) -> dict[str, Any]:
+    """A row of stream_events."""
+    return {
+        "session_id": session_id,
+        "seq": row.seq,
+        "epoch": row.epoch,
+        "seq_to": row.seq_to,
+        "text_offset": row.offset,
+        "kind": row.kind,
+        "text": row.text,
+        "lengths": _packed(row.lengths) if len(row.lengths) > 1 else None,
+        "payload": None if row.payload is None else json.dumps(row.payload),
+        "token_ids": _packed(row.origin.token_ids) if row.origin.token_ids else None,
+        "provider": row.origin.provider,
+        "model": row.origin.model,
+        "attempt": row.origin.attempt,
+        "revision": row.origin.revision,
+    }
+
+
+def log_row_of(row: Row[Any]) -> LogRow:
+    return LogRow(
+        seq=row.seq,
+        seq_to=row.seq_to,
+        offset=row.text_offset,
+        kind=row.kind,
+        text=row.text,
+        lengths=_numbers(row.lengths) or (len(row.text),),
+        payload=None if row.payload is None else json.loads(row.payload),
+        origin=Origin(row.model, row.provider, row.attempt, row.revision, _numbers(row.token_ids)),
+        epoch=row.epoch,
+    )
+
+
+def _packed(numbers: tuple[int, ...]) -> str:
+    return json.dumps(numbers, separators=(",", ":"))
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    return () if text is None else tuple(json.loads(text))

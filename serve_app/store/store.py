@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from sqlalchemy import text
+from sqlalchemy import Connection, text
+from sqlalchemy.engine import URL
 
-from serve_app.domain.errors import InvalidConfig
+from serve_app.domain.errors import InvalidConfig, ProviderUnavailable
 from serve_app.store import migrate
 from serve_app.store.conversations import Conversations
 from serve_app.store.engine import Database, parse_url, sqlite_file, whole
 from serve_app.store.files import Images
 from serve_app.store.fleet import FleetMemory
 from serve_app.store.messages import Messages
+from serve_app.store.ownership import Ownership
 from serve_app.store.security import Security
 from serve_app.store.sessions import Sessions
 
 
-class Store(Conversations, Messages, Images, Sessions, Security, FleetMemory):
+class Store(Conversations, Messages, Images, Sessions, Ownership, Security, FleetMemory):
     """One database, open. ``Store.open(url)`` makes one; ``close()`` it in the event loop that opened it.
 
     Every method is one transaction. Each raises ProviderUnavailable (worth another try) when the database cannot be
@@ -32,19 +34,31 @@ class Store(Conversations, Messages, Images, Sessions, Security, FleetMemory):
         Raises InvalidConfig for another schema or a bad URL, ProviderUnavailable when it cannot be reached.
         """
         parsed = parse_url(url)
-        file = sqlite_file(parsed)
-        if file is not None and not file.exists():
-            _refuse_revision(None)
-        database = Database(parsed)
+        _refuse_missing(parsed)
+        store = cls(Database(parsed, _check_schema))
         try:
-            async with database.read() as connection:
-                revision = await connection.run_sync(migrate.current_revision)
-            if revision != migrate.head():
-                _refuse_revision(revision)
+            await store.ping()
         except BaseException:
-            await database.close()
+            await store.close()
             raise
-        return cls(database)
+        return store
+
+    @classmethod
+    def attach(cls, url: str) -> Store:
+        """Open a database that may not be there yet, or not yet have the schema of this release.
+
+        Until it is and has, every method raises ProviderUnavailable, which says what is wrong and what to do. Raises
+        InvalidConfig for a bad URL.
+        """
+        parsed = parse_url(url)
+
+        def check(connection: Connection) -> None:
+            try:
+                _check_schema(connection)
+            except InvalidConfig as error:
+                raise ProviderUnavailable(error.message) from error
+
+        return cls(Database(parsed, check))
 
     @whole
     async def ping(self) -> None:
@@ -58,6 +72,19 @@ class Store(Conversations, Messages, Images, Sessions, Security, FleetMemory):
 
     def __repr__(self) -> str:
         return f"Store({self._db!r})"
+
+
+def _refuse_missing(url: URL) -> None:
+    """SQLite would make an empty file of a mistyped name."""
+    file = sqlite_file(url)
+    if file is not None and not file.exists():
+        _refuse_revision(None)
+
+
+def _check_schema(connection: Connection) -> None:
+    revision = migrate.current_revision(connection)
+    if revision != migrate.head():
+        _refuse_revision(revision)
 
 
 def _refuse_revision(found: str | None) -> None:

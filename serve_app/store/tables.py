@@ -23,6 +23,7 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
+    false,
     text,
 )
 from sqlalchemy.ext.compiler import compiles
@@ -35,6 +36,7 @@ _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 ACTIVE = "ACTIVE"
 _WHERE_ACTIVE = text("status = 'ACTIVE'")
+_WHERE_LOGGED = text("has_log")
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -180,6 +182,17 @@ stream_sessions = Table(
     Column("ttft_s", Float),
     Column("decode_s", Float),
     Column("total_s", Float),
+    # Counts the owners: what an earlier one still writes is refused.
+    Column("epoch", Integer, nullable=False, server_default=text("1")),
+    # How the reply is wanted (serve_app.domain.wanted), for whoever adopts the session.
+    Column("wanted", CleanText),
+    # The message that the reply answers.
+    Column("question_id", CleanText),
+    Column("idempotency_key", CleanText),
+    Column("fingerprint", CleanText),
+    Column("provider_stopped", Boolean),
+    # Whether stream_events holds its events; they go some time after its end.
+    Column("has_log", Boolean, nullable=False, server_default=false()),
     Index("ix_stream_sessions_started", "started_at", "id"),
     Index("ix_stream_sessions_conversation_started", "conversation_id", "started_at", "id"),
     Index("ix_stream_sessions_status_started", "status", "started_at", "id"),
@@ -195,6 +208,31 @@ stream_sessions = Table(
         sqlite_where=_WHERE_ACTIVE,
         postgresql_where=_WHERE_ACTIVE,
     ),
+    # Empty values are all different to both databases.
+    Index("uq_stream_sessions_idempotency_key", "idempotency_key", unique=True),
+    Index("ix_stream_sessions_logged", "ended_at", sqlite_where=_WHERE_LOGGED, postgresql_where=_WHERE_LOGGED),
+)
+
+# The log of the streams: see serve_app.domain.stream_log. Its order on the disk is that of its key.
+stream_events = Table(
+    "stream_events",
+    metadata,
+    Column("session_id", CleanText, ForeignKey("stream_sessions.id", ondelete="CASCADE"), primary_key=True),
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("epoch", Integer, primary_key=True, autoincrement=False),
+    Column("seq_to", Integer, nullable=False),
+    Column("text_offset", Integer, nullable=False),
+    Column("kind", CleanText, nullable=False),
+    Column("text", CleanText, nullable=False),
+    # JSON: the lengths of the events' texts, the fields of an event without text, the ids of the text's tokens.
+    Column("lengths", CleanText),
+    Column("payload", CleanText),
+    Column("token_ids", CleanText),
+    Column("provider", CleanText, nullable=False),
+    Column("model", CleanText, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("revision", CleanText),
+    sqlite_with_rowid=False,
 )
 
 signing_keys = Table(

@@ -45,5 +45,5 @@ async def test_a_request_that_cannot_begin_leaves_the_routers_queue(platform: Lo
     first = await start(platform, f"hello {SLOW}")
     platform.router.hold("test/chat")
     with pytest.raises(ConversationBusy):
-        await platform.services.sessions.start(NewReply(first.new.conversation, "me too"))
+        await platform.services.sessions.start(NewReply(first.conversation, "me too"))
     assert platform.router.cancelled == [platform.router.asked[-1].ticket]

@@ -17,6 +17,8 @@ from gql.transport.exceptions import TransportQueryError
 from serve_app.domain.catalog import ModelState
 from serve_app.domain.conversation import SessionStatus, StreamSession
 from serve_app.domain.errors import ProviderUnavailable
+from serve_app.domain.events import Numbered, Terminated, Token
+from serve_app.domain.stream_log import Entry, Origin, rows_of
 from serve_app.replies import LiveReply
 from serve_app.store.records import NewSession
 from tests.contract.conftest import MakePlatform
@@ -150,12 +152,12 @@ async def test_a_follower_goes_on_after_the_last_event_it_saw(graph: Graph, plat
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
-        ("Say [[tokens=3]]", ["SessionEvent", "TokenEvent", "EndEvent"]),
-        ("Say [[tokens=3 fail_at=2]]", ["SessionEvent", "TokenEvent", "ErrorEvent"]),
-        ("Say [[error=MEMORY_EXCEEDED]]", ["SessionEvent", "ErrorEvent"]),
+        ("Say [[tokens=3]]", ["SessionEvent", "TokenEvent", "TokenEvent", "TokenEvent", "EndEvent"]),
+        ("Say [[tokens=3 fail_at=2]]", ["SessionEvent", "TokenEvent", "TokenEvent", "ErrorEvent"]),
+        ("Say [[error=MEMORY_EXCEEDED]]", ["ErrorEvent"]),
     ],
 )
-async def test_an_ended_session_is_told_from_its_record(
+async def test_an_ended_session_is_told_from_its_log(
     graph: Graph, platform: LocalPlatform, message: str, expected: list[str]
 ):
     session_id = (await send(graph, message))["id"]
@@ -165,15 +167,20 @@ async def test_an_ended_session_is_told_from_its_record(
     assert [event["__typename"] for event in seen] == expected
 
 
-@pytest.mark.parametrize("after", [-1, 1000])
-async def test_an_event_that_is_not_there_cannot_be_the_last_one_seen(
-    graph: Graph, platform: LocalPlatform, after: int
-):
+async def test_a_negative_number_is_no_events(graph: Graph, platform: LocalPlatform):
     session_id = (await send(graph, ENDLESS))["id"]
     async with websocket(await platform.serve()) as session:
-        with pytest.raises(TransportQueryError, match="no event"):
-            async for _ in subscribe(session, STREAM_SESSION, id=session_id, after=after):
+        with pytest.raises(TransportQueryError, match="the number of an event"):
+            async for _ in subscribe(session, STREAM_SESSION, id=session_id, after=-1):
                 pass
+
+
+async def test_who_saw_more_than_there_is_goes_back(graph: Graph, platform: LocalPlatform):
+    session_id = (await send(graph, "Say [[tokens=2]]"))["id"]
+    await ended(platform, session_id)
+    async with websocket(await platform.serve()) as session:
+        seen = [event["streamSession"] async for event in subscribe(session, STREAM_SESSION, id=session_id, after=9)]
+    assert [(event["__typename"], event["seq"]) for event in seen] == [("RewindEvent", 4)]
 
 
 async def test_a_session_that_ends_between_two_looks_is_told_from_its_record(
@@ -208,15 +215,21 @@ async def test_terminate_half_way_through_send_message(graph: Graph, platform: L
     assert platform.engine.counters().running == 0
 
 
-async def test_a_session_of_another_server_is_refused_as_worth_another_try(graph: Graph, platform: LocalPlatform):
-    new = NewSession("elsewhere", "c1", "test/chat", "huggingface", owner="another-ingress", ttl_s=60)
-    await platform.services.store.begin_reply(new, text="Hello")
+async def test_a_session_of_another_server_is_read_from_its_log(graph: Graph, platform: LocalPlatform):
+    store = platform.services.store
+    await store.begin_reply(NewSession("elsewhere", "c1", "test/chat", "huggingface", owner="another"), text="Hello")
+    word = Entry(Numbered(1, Token("so far", 0)), Origin("test/chat", "huggingface", 1))
+    await store.write_log("another", ["elsewhere"], {"elsewhere": rows_of([word], 0, 1)})
+    seen: list[dict[str, Any]] = []
     async with websocket(await platform.serve()) as session:
-        with pytest.raises(TransportQueryError) as raised:
-            async for _ in subscribe(session, STREAM_SESSION, id="elsewhere"):
-                pass
-    (error,) = raised.value.errors or ()
-    assert error["extensions"]["retryable"] is True
+        async for event in subscribe(session, STREAM_SESSION, id="elsewhere"):
+            seen.append(event["streamSession"])
+            end = Entry(Numbered(2, Terminated("elsewhere", "so far", 1, "USER_REQUESTED")), Origin())
+            if len(seen) == 1:
+                rows = rows_of([end], 6, 1)
+                await store.finish_session("elsewhere", status=SessionStatus.TERMINATED, text="so far", rows=rows)
+    assert [event["__typename"] for event in seen] == ["TokenEvent", "TerminatedEvent"]
+    assert (seen[0]["token"], seen[1]["partialResponse"]) == ("so far", "so far")
 
 
 @pytest.mark.parametrize("way", ["leave", "unsubscribe"])

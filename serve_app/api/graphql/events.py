@@ -95,6 +95,13 @@ class ErrorEvent(StreamEvent):
     trace_id: str
 
 
+@strawberry.type(
+    description="Text that was received from `offset` on was lost. Drop it; what follows has the numbers after seq."
+)
+class RewindEvent(StreamEvent):
+    offset: int = strawberry.field(description="Characters of the reply that stay.")
+
+
 EVENT_TYPES = (
     SessionEvent,
     ImagesEvent,
@@ -105,6 +112,7 @@ EVENT_TYPES = (
     EndEvent,
     TerminatedEvent,
     ErrorEvent,
+    RewindEvent,
 )
 
 
@@ -186,6 +194,10 @@ def _failed(seq: int, event: domain.Failed) -> StreamEvent:
     )
 
 
+def _rewind(seq: int, event: domain.Rewind) -> StreamEvent:
+    return RewindEvent(seq=seq, offset=event.offset)
+
+
 _FORMS: dict[type[domain.Event], Callable[[int, Any], StreamEvent]] = {
     domain.SessionOpened: _session,
     domain.ImagesProcessed: _images,
@@ -196,4 +208,5 @@ _FORMS: dict[type[domain.Event], Callable[[int, Any], StreamEvent]] = {
     domain.Ended: _ended,
     domain.Terminated: _terminated,
     domain.Failed: _failed,
+    domain.Rewind: _rewind,
 }

@@ -226,7 +226,7 @@ async def _ask(context: Context, conversation: domain.Conversation, input: AddMe
             llm_model=input.llm_model or conversation.llm_model,
             error=failure.message,
         )
-    await until_end(reply)
+    await until_end(context, reply)
     return _answer(reply, conversation.is_private, time.monotonic() - began)
 
 

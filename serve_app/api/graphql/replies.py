@@ -64,9 +64,10 @@ def _new_reply(
     )
 
 
-async def until_end(reply: LiveReply) -> None:
+async def until_end(context: Context, reply: LiveReply) -> None:
     """Wait for the end of a reply as one of its readers, so that it does not count as abandoned."""
-    async with aclosing(reply.stream.follow()) as events:
+    sessions = context.services.sessions
+    async with aclosing(sessions.follow(reply.session)) as events:
         async for _ in events:
             pass
-    await reply.done.wait()
+    await sessions.conclude(reply)

@@ -18,9 +18,7 @@ from serve_app.api.graphql.queries import Password, Token
 from serve_app.api.graphql.replies import start
 from serve_app.api.graphql.resolvers import subscription
 from serve_app.api.graphql.types import GraphInfo
-from serve_app.api.recorded import recorded
-from serve_app.domain.conversation import SessionStatus
-from serve_app.domain.errors import Forbidden, InvalidInput, ProviderUnavailable, RotundaError
+from serve_app.domain.errors import Forbidden, InvalidInput, RotundaError
 from serve_app.domain.events import Numbered
 from serve_app.domain.fleet import FleetView
 
@@ -38,13 +36,13 @@ class Subscription:
         if not info.context.may_write:
             raise Forbidden("A message is sent by POST or over a WebSocket, not by GET.")
         reply = await start(info.context, input)
-        async with aclosing(reply.stream.follow()) as events:
+        async with aclosing(info.context.services.sessions.follow(reply.session)) as events:
             async for numbered in events:
                 yield event_of(numbered)
 
     @subscription(
-        "Follows a reply. One that has ended is told from its record: its whole text is one TokenEvent at "
-        "offset 0, whatever `after` says."
+        "Follows a reply, whichever server writes it. A RewindEvent says that text was lost and comes again; some time "
+        "after its end a reply is told from its record, its whole text as one TokenEvent."
     )
     async def stream_session(
         self,
@@ -76,21 +74,12 @@ class Subscription:
 async def _follow(
     context: Context, id: str, after: int, password: str | None, token: str | None
 ) -> AsyncGenerator[Numbered, None]:
-    session, live = await context.session(id, password, token)
-    if live is not None:
-        if not 0 <= after <= len(live.stream.events):
-            raise InvalidInput(f"This stream has no event {after} yet.")
-        async with aclosing(live.stream.follow(after)) as events:
-            async for numbered in events:
-                yield numbered
-        return
-    if session.status is SessionStatus.ACTIVE:
-        raise ProviderUnavailable(
-            "Another server of this cluster is writing this reply. Try again, or come back when it is done.",
-            details={"retryAfterS": 2},
-        )
-    for numbered in recorded(session):
-        yield numbered
+    if after < 0:
+        raise InvalidInput("after must be the number of an event of this stream.")
+    session, _ = await context.session(id, password, token)
+    async with aclosing(context.services.sessions.follow(session, after)) as events:
+        async for numbered in events:
+            yield numbered
 
 
 def _outline(view: FleetView) -> Any:

@@ -1,4 +1,4 @@
-"""One of the processes of ``test_two_processes_write_one_file``."""
+"""One of the processes of ``test_two_processes_write_one_database``."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ from serve_app.store.tables import database_ms, messages
 WRITER = Path(__file__).with_name("writer_process.py")
 
 
-async def test_sqlite_is_set_up_for_several_processes(store: Store) -> None:
+async def test_sqlite_is_set_up_for_several_processes(on_sqlite: str) -> None:
+    store = await Store.open(on_sqlite)
     async with store._db.read() as connection:
         found = {
             name: (await connection.exec_driver_sql(f"PRAGMA {name}")).scalar_one()
@@ -33,6 +34,7 @@ async def test_sqlite_is_set_up_for_several_processes(store: Store) -> None:
         }
     assert found == {"journal_mode": "wal", "synchronous": 1, "foreign_keys": 1, "busy_timeout": 10_000}
     await store.ping()
+    await store.close()
 
 
 async def test_reads_go_on_while_a_transaction_writes(store: Store, conversation: Conversation) -> None:
@@ -43,7 +45,7 @@ async def test_reads_go_on_while_a_transaction_writes(store: Store, conversation
     assert (await store.get_conversation(conversation.id)).tab_name == "changed"
 
 
-def test_two_processes_write_one_file(url: str) -> None:
+def test_two_processes_write_one_database(url: str) -> None:
     """Both add messages to one conversation and race to begin the same replies; nothing is lost, refused or doubled."""
     writers = [
         subprocess.Popen(
@@ -86,6 +88,7 @@ async def test_a_cancelled_caller_leaves_whole_transactions(store: Store, conver
         caller.cancel()
     results = await asyncio.gather(*callers, return_exceptions=True)
     assert any(isinstance(result, asyncio.CancelledError) for result in results)
+    await asyncio.gather(*store._db._running)
     await store.add_message(conversation.id, "last", "user")
     listed = [message.text for message in await store.list_messages(conversation.id)]
     assert len(set(listed)) == len(listed) > 1
@@ -106,10 +109,10 @@ async def test_closing_waits_for_what_cancelled_callers_left(url: str) -> None:
 
 
 async def test_a_locked_database_is_unavailable_and_worth_another_try(
-    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    on_sqlite: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(engine_module, "SQLITE_BUSY_MS", 50)
-    holder, waiter = await Store.open(url), await Store.open(url)
+    holder, waiter = await Store.open(on_sqlite), await Store.open(on_sqlite)
     try:
         async with holder._db.write():
             started = time.monotonic()

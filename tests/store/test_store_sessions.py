@@ -7,20 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-from serve_app.domain.conversation import Conversation, MessageStatus, SessionStatus, TerminationReason
+from serve_app.domain.conversation import MessageStatus, SessionStatus, TerminationReason
 from serve_app.domain.errors import ConversationBusy, InvalidInput, NotFound
 from serve_app.domain.generation import Timing, Usage
-from serve_app.store import Cursor, NewImage, NewSession, Progress, Store
+from serve_app.store import Cursor, NewImage, NewSession, Store
+from serve_app.store.records import AlreadyBegun
 
 USAGE = Usage(10, 3, 2)
 TIMING = Timing(0.1, 0.2, 0.3, 0.4, 1.0)
 PICTURE = NewImage("cat.png", "ab/cat.png", 3, "image/png", "ab")
-
-
-async def expire(store: Store) -> None:
-    """Let every ownership run out, without waiting for it."""
-    async with store._db.write() as connection:
-        await connection.exec_driver_sql("UPDATE stream_sessions SET owned_until_ms = owned_until_ms - 3600000")
 
 
 async def test_a_reply_begins_with_its_message(store: Store, new_session: NewSession) -> None:
@@ -172,28 +167,6 @@ async def test_deleting_the_reply_keeps_its_session(store: Store, new_session: N
     assert (await store.get_session(new_session.id)).message_id is None
 
 
-async def test_progress_counts_while_the_session_is_active(store: Store, new_session: NewSession) -> None:
-    await store.open_session(new_session)
-    assert await store.update_session(new_session.id, partial_response="so", token_count=1)
-    assert await store.update_session(new_session.id, model="second", provider="other")
-    now = await store.get_session(new_session.id)
-    assert (now.partial_response, now.token_count, now.model, now.provider) == ("so", 1, "second", "other")
-    await store.finish_session(new_session.id, status=SessionStatus.COMPLETED, text="so far")
-    assert not await store.update_session(new_session.id, partial_response="so far, so late")
-    assert (await store.get_session(new_session.id)).partial_response == "so far"
-
-
-async def test_progress_of_many_sessions_is_one_call(store: Store, new_session: NewSession) -> None:
-    for number in range(3):
-        await store.create_conversation(f"c{number}", "Tab")
-        await store.open_session(replace(new_session, id=f"s{number}", conversation_id=f"c{number}"))
-    await store.finish_session("s0", status=SessionStatus.COMPLETED, text="done")
-    progress = [Progress(f"s{number}", f"text {number}", number) for number in range(3)]
-    assert await store.save_progress([*progress, Progress("unknown", "x", 1)]) == {"s1", "s2"}
-    assert [(await store.get_session(f"s{n}")).partial_response for n in range(3)] == ["done", "text 1", "text 2"]
-    assert await store.save_progress([]) == set()
-
-
 async def test_sessions_are_listed_newest_first(store: Store, new_session: NewSession) -> None:
     await store.create_conversation("other", "Other")
     await store.open_session(new_session)
@@ -227,83 +200,31 @@ async def test_sessions_are_listed_in_pages_and_without_private_ones(store: Stor
     assert [session.id for session in public] == ["of-e", "of-d", "of-b", "of-a"]
 
 
-async def test_a_termination_reaches_the_owner_once_asked_for(store: Store, new_session: NewSession) -> None:
-    await store.open_session(new_session)
-    assert await store.termination_requests("ingress-1") == {}
-    assert await store.request_termination(new_session.id, TerminationReason.USER_REQUESTED)
-    assert await store.request_termination(new_session.id, "a second thought")
-    assert await store.termination_requests("ingress-1") == {new_session.id: "USER_REQUESTED"}
-    assert await store.termination_requests("ingress-2") == {}
-    await store.finish_session(new_session.id, status=SessionStatus.TERMINATED)
-    assert await store.termination_requests("ingress-1") == {}
-    assert not await store.request_termination(new_session.id, "late")
-    with pytest.raises(NotFound):
-        await store.request_termination("unknown", "why")
+async def test_one_idempotency_key_is_one_reply(store: Store, new_session: NewSession) -> None:
+    new = replace(new_session, idempotency_key="k", fingerprint="f")
+    assert await store.session_by_key("k") is None
+    begun = await store.begin_reply(new, text="question")
+    assert await store.session_by_key("k") == begun.session
+    with pytest.raises(AlreadyBegun) as again:
+        await store.begin_reply(replace(new, id="second"), text="question")
+    assert again.value.session_id == new.id
+    await store.finish_session(new.id, status=SessionStatus.COMPLETED, text="answer")
+    await store.create_conversation("other", "Other")
+    with pytest.raises(AlreadyBegun):
+        await store.begin_reply(replace(new, id="third", conversation_id="other"), text="question")
+    assert [m.text for m in await store.list_messages(new.conversation_id)] == ["question", "answer"]
+    assert await store.list_messages("other") == []
 
 
-async def test_ownership_is_renewed_by_its_owner_only(store: Store, new_session: NewSession) -> None:
-    await store.open_session(new_session)
-    assert await store.renew_ownership("ingress-1", [new_session.id, "unknown"]) == {new_session.id}
-    assert await store.renew_ownership("ingress-2", [new_session.id]) == set()
-    assert await store.renew_ownership("ingress-1", []) == set()
-    await expire(store)
-    assert [session.id for session in await store.abandoned_sessions()] == [new_session.id]
-    await store.renew_ownership("ingress-1", [new_session.id], ttl_s=5)
-    assert await store.abandoned_sessions() == []
-    await store.finish_session(new_session.id, status=SessionStatus.COMPLETED)
-    assert await store.renew_ownership("ingress-1", [new_session.id]) == set()
-
-
-async def test_ownership_runs_out_by_the_databases_clock(store: Store, new_session: NewSession) -> None:
-    await store.open_session(replace(new_session, ttl_s=-0.001))
-    assert [session.id for session in await store.abandoned_sessions()] == [new_session.id]
-    await store.renew_ownership("ingress-1", [new_session.id], ttl_s=3600)
-    async with store._db.read() as connection:
-        query = "SELECT owned_until_ms / 1000.0 - strftime('%s', 'now') FROM stream_sessions"
-        assert 3590 < (await connection.exec_driver_sql(query)).scalar_one() < 3602
-
-
-async def test_an_abandoned_session_is_adopted_once(store: Store, new_session: NewSession) -> None:
-    await store.open_session(new_session)
-    assert await store.adopt_session(new_session.id, "ingress-2") is None
-    await expire(store)
-    results = await asyncio.gather(*(store.adopt_session(new_session.id, f"ingress-{n}") for n in (2, 3)))
-    adopted = [session for session in results if session is not None]
-    assert len(adopted) == 1
-    assert adopted[0].owner in ("ingress-2", "ingress-3")
-    assert await store.renew_ownership("ingress-1", [new_session.id]) == set()
-    assert await store.close_abandoned() == []
-
-
-async def test_an_abandoned_session_ends_with_its_partial_saved(store: Store, new_session: NewSession) -> None:
-    await store.begin_reply(new_session, text="question")
-    await store.update_session(new_session.id, partial_response="half an ans", token_count=3)
-    assert await store.close_abandoned() == []
-    await expire(store)
-    closed = await asyncio.gather(store.close_abandoned(), store.close_abandoned())
-    [session] = [session for some in closed for session in some]
-    assert (session.status, session.error_code, session.token_count) == (SessionStatus.ERROR, "PROVIDER_UNAVAILABLE", 3)
-    reply = (await store.last_messages(new_session.conversation_id, 1))[0]
-    assert (reply.id, reply.text, reply.status) == (session.message_id, "half an ans", MessageStatus.ERROR)
-    late = await store.finish_session(new_session.id, status=SessionStatus.COMPLETED, text="half an answer")
-    assert late == session
-
-
-async def test_an_abandoned_session_that_should_stop_is_terminated(store: Store, new_session: NewSession) -> None:
-    await store.open_session(new_session)
-    await store.request_termination(new_session.id, "USER_REQUESTED")
-    await expire(store)
-    [session] = await store.close_abandoned()
-    assert (session.status, session.termination_reason) == (SessionStatus.TERMINATED, "USER_REQUESTED")
-    assert session.error_code is None
-
-
-async def test_a_dead_owner_does_not_keep_its_conversation_busy(
-    store: Store, new_session: NewSession, conversation: Conversation
-) -> None:
-    await store.begin_reply(new_session, text="question")
-    await store.update_session(new_session.id, partial_response="half")
-    await expire(store)
-    await store.begin_reply(replace(new_session, id="next", owner="ingress-2"), text="again")
-    assert (await store.get_session(new_session.id)).status is SessionStatus.ERROR
-    assert [m.text for m in await store.list_messages(conversation.id)] == ["question", "half", "again"]
+async def test_of_many_requests_with_one_key_one_begins(store: Store, new_session: NewSession) -> None:
+    for number in range(6):
+        await store.create_conversation(f"c{number}", "Tab")
+    attempts = [
+        store.begin_reply(replace(new_session, id=f"s{n}", conversation_id=f"c{n}", idempotency_key="k"), text="x")
+        for n in range(6)
+    ]
+    results = await asyncio.gather(*attempts, return_exceptions=True)
+    begun = [result for result in results if not isinstance(result, BaseException)]
+    assert len(begun) == 1
+    others = [result for result in results if isinstance(result, AlreadyBegun)]
+    assert {other.session_id for other in others} == {begun[0].session.id} and len(others) == 5

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import event
 
 from serve_app.domain.conversation import SessionStatus
+from serve_app.domain.stream_log import LogRow
+from serve_app.domain.wanted import Wanted
 from serve_app.store import Cursor, NewImage, NewSession, Store
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -38,20 +40,25 @@ async def use_everything(store: Store) -> None:
 
 
 async def use_sessions(store: Store) -> None:
-    await store.begin_reply(NewSession("s", "c", "m", "p", "me"), text="x")
+    await store.begin_reply(NewSession("s", "c", "m", "p", "me", wanted=Wanted(), idempotency_key="k"), text="x")
     await store.list_sessions("c")
     await store.list_sessions(status=SessionStatus.COMPLETED)
     await store.list_sessions("c", SessionStatus.ACTIVE)
     await store.list_sessions(before=Cursor(NOW, "x"), public_only=True)
     await store.list_sessions("c", SessionStatus.ACTIVE, before=Cursor(NOW, "x"))
-    await store.update_session("s", token_count=1)
+    await store.session_by_key("k")
+    row = LogRow(1, 1, 0, "token", "x", (1,))
+    await store.write_log("me", ["s"], {"s": [row]})
+    await store.write_log("me", ["s"], {}, renew_s=5)
+    await store.get_session("s")
+    await store.read_log({"s": 0})
     await store.request_termination("s", "x")
-    await store.termination_requests("me")
-    await store.renew_ownership("me", ["s"])
+    await store.release_session("s", 1, [])
     await store.abandoned_sessions()
     await store.adopt_session("s", "me")
     await store.close_abandoned()
     await store.finish_session("s", status=SessionStatus.COMPLETED, text="t")
+    await store.prune_log(datetime.now(UTC) + timedelta(days=1))
 
 
 async def test_no_query_scans_a_table(store: Store) -> None:
@@ -64,8 +71,13 @@ async def test_no_query_scans_a_table(store: Store) -> None:
     event.listen(store._db._engine.sync_engine, "before_cursor_execute", remember)
     await use_everything(store)
     event.remove(store._db._engine.sync_engine, "before_cursor_execute", remember)
-    assert len(seen) > 40
+    assert len(seen) > 50
     async with store._db.read() as connection:
+        on_sqlite = connection.dialect.name == "sqlite"
+        if not on_sqlite:
+            # The tables are all but empty: what matters is whether there is another way than reading them whole.
+            await connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
         for sql, values in seen.items():
-            plan = [row.detail for row in await connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}", values)]
-            assert [step for step in plan if step.startswith("SCAN")] == [], sql
+            plan = await connection.exec_driver_sql(f"EXPLAIN {'QUERY PLAN' if on_sqlite else ''} {sql}", values)
+            steps = [str(row.detail if on_sqlite else row[0]).strip() for row in plan]
+            assert [step for step in steps if step.startswith("SCAN") or "Seq Scan" in step] == [], sql

@@ -1,0 +1,188 @@
+"""Rows of stream_sessions and of their log, inside a transaction: what the parts of the store have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Row, func, insert, literal_column, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from serve_app.domain.conversation import MessageStatus, SessionStatus, StreamSession, TerminationReason
+from serve_app.domain.errors import InvalidInput, NotFound, ProviderUnavailable
+from serve_app.domain.events import Event, Failed, Numbered, Terminated
+from serve_app.domain.stream_log import TOKEN, Entry, LogRow, Origin, rows_of
+from serve_app.store.conversations import touch
+from serve_app.store.files import chunks
+from serve_app.store.messages import insert_message
+from serve_app.store.records import log_values, new_id, session_of, utc_now
+from serve_app.store.tables import ACTIVE, database_ms, stream_events, stream_sessions
+
+session = stream_sessions.c
+events = stream_events.c
+# Spelled out rather than bound: the partial indexes are for exactly this condition, and planners must see it.
+IS_ACTIVE = session.status == literal_column(f"'{ACTIVE}'")
+# A session of the chat service never had an owner.
+IS_EXPIRED = func.coalesce(session.owned_until_ms, 0) < database_ms()
+
+_SAVED_AS = {
+    SessionStatus.COMPLETED: MessageStatus.COMPLETE,
+    SessionStatus.TERMINATED: MessageStatus.TERMINATED,
+    SessionStatus.ERROR: MessageStatus.ERROR,
+}
+# A batch whose commit was not confirmed is written again, row for row.
+_APPEND = {
+    "sqlite": sqlite.insert(stream_events).on_conflict_do_nothing(),
+    "postgresql": postgresql.insert(stream_events).on_conflict_do_nothing(),
+}
+_GONE = "The server that wrote this reply stopped before its end. Ask again for a new reply."
+
+
+@dataclass
+class Written:
+    """What the log holds of a reply; ``seq`` is the number of its last event."""
+
+    seq: int = 0
+    parts: list[str] = field(default_factory=list)
+    token_count: int = 0
+    model: str | None = None
+    provider: str | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.parts)
+
+
+def until(ttl_s: float) -> Any:
+    """The moment ``ttl_s`` seconds from now, by the database's clock."""
+    return database_ms() + int(ttl_s * 1000)
+
+
+async def row_of(connection: AsyncConnection, id: str, lock: bool = False) -> Row[Any]:
+    """The session's row, which nobody else changes meanwhile if ``lock``; NotFound."""
+    query = select(stream_sessions).where(session.id == id)
+    row = (await connection.execute(query.with_for_update() if lock else query)).one_or_none()
+    if row is None:
+        raise NotFound("This stream session does not exist. Its conversation may have been deleted.")
+    return row
+
+
+async def insert_session(connection: AsyncConnection, values: dict[str, Any]) -> StreamSession:
+    """Open a session in a conversation that this transaction has claimed."""
+    try:
+        row = await connection.execute(insert(stream_sessions).values(values).returning(stream_sessions))
+    except IntegrityError as error:
+        # Another active session is out of the question: the conversation was claimed in this transaction.
+        raise InvalidInput("A stream session with this id already exists.") from error
+    return session_of(row.one())
+
+
+async def append(connection: AsyncConnection, session_id: str, rows: Sequence[LogRow]) -> None:
+    """Write rows of the log of a session that this transaction has locked."""
+    if rows:
+        await connection.execute(_APPEND[connection.dialect.name], [log_values(session_id, row) for row in rows])
+
+
+async def append_many(connection: AsyncConnection, batches: Sequence[tuple[str, Sequence[LogRow]]]) -> None:
+    """:func:`append` for many sessions: the drivers cross to the database once."""
+    values = [log_values(session_id, row) for session_id, rows in batches for row in rows]
+    if values:
+        await connection.execute(_APPEND[connection.dialect.name], values)
+
+
+async def written(connection: AsyncConnection, ids: Collection[str]) -> dict[str, Written]:
+    """What the log holds of each reply; nothing of one without a log."""
+    found = {id: Written() for id in ids}
+    columns = (events.session_id, events.seq_to, events.kind, events.text, events.token_ids)
+    for some in chunks(found):
+        query = select(*columns, events.model, events.provider).where(events.session_id.in_(some))
+        for row in await connection.execute(query.order_by(events.session_id, events.seq)):
+            one = found[row.session_id]
+            one.seq = row.seq_to
+            if row.kind == TOKEN:
+                one.parts.append(row.text)
+                one.token_count += row.token_ids.count(",") + 1 if row.token_ids else 0
+                one.model, one.provider = row.model, row.provider
+    return found
+
+
+async def finish(
+    connection: AsyncConnection, id: str, values: dict[str, Any], message_id: str | None = None
+) -> Row[Any]:
+    """End an active session of a conversation that this transaction has touched; the first end wins."""
+    now = utc_now()
+    change = update(stream_sessions).where(session.id == id, IS_ACTIVE)
+    change = change.values(values | {"updated_at": now, "ended_at": now, "owned_until_ms": None})
+    row = (await connection.execute(change.returning(stream_sessions))).one_or_none()
+    if row is None or not row.partial_response:
+        return row or await row_of(connection, id)
+    message = await insert_message(
+        connection,
+        row.conversation_id,
+        row.partial_response,
+        "llm",
+        id=message_id or new_id(),
+        model=row.model,
+        provider=row.provider,
+        status=_SAVED_AS[SessionStatus(row.status)],
+    )
+    saved = update(stream_sessions).where(session.id == id).values(message_id=message.id)
+    updated: Row[Any] = (await connection.execute(saved.returning(stream_sessions))).one()
+    return updated
+
+
+async def close_if_abandoned(connection: AsyncConnection, *conditions: Any) -> StreamSession | None:
+    """End the one session that ``conditions`` name, if its ownership has run out, with what the log has of it.
+
+    Its conversation must have been touched by this transaction.
+    """
+    query = select(stream_sessions).where(*conditions, IS_ACTIVE, IS_EXPIRED).with_for_update()
+    found = (await connection.execute(query)).one_or_none()
+    if found is None:
+        return None
+    log = (await written(connection, [found.id]))[found.id]
+    values: dict[str, Any] = {"epoch": found.epoch + 1}
+    if log.seq:
+        values |= {"partial_response": log.text, "token_count": log.token_count}
+    values |= {name: value for name, value in (("model", log.model), ("provider", log.provider)) if value}
+    end = _end_of(found, log)
+    values |= end.values
+    if log.seq:
+        entry = Entry(Numbered(log.seq + 1, end.event), Origin())
+        await append(connection, found.id, rows_of([entry], len(log.text), found.epoch + 1))
+    return session_of(await finish(connection, found.id, values))
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    values: dict[str, Any]
+    event: Event
+
+
+def _end_of(row: Row[Any], log: Written) -> _End:
+    """How a session ends that nobody owns: terminated when that was wanted, or given up by a clean shutdown."""
+    reason = row.terminate_reason
+    if reason is None and row.owner is None and row.wanted is not None:
+        reason = TerminationReason.SERVER_SHUTDOWN.value
+    if reason is not None:
+        values = {"status": SessionStatus.TERMINATED.value, "termination_reason": reason}
+        return _End(values, Terminated(row.id, log.text, log.token_count, reason))
+    values = {
+        "status": SessionStatus.ERROR.value,
+        "termination_reason": TerminationReason.ERROR.value,
+        "error_code": ProviderUnavailable.code,
+        "error_message": _GONE,
+    }
+    return _End(values, Failed(ProviderUnavailable.code, _GONE, row.provider, True, row.trace_id or "", {}))
+
+
+async def claim(connection: AsyncConnection, conversation_id: str) -> str | None:
+    """Take the conversation for a new reply; the id of the one that still runs. One whose owner is gone ends here."""
+    await touch(connection, conversation_id, utc_now())
+    ours = session.conversation_id == conversation_id
+    await close_if_abandoned(connection, ours)
+    running: str | None = await connection.scalar(select(session.id).where(ours, IS_ACTIVE))
+    return running
