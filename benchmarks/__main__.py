@@ -85,7 +85,7 @@ def run(step: Step) -> str:
         # As Ctrl-C: its servers end with it.
         process.send_signal(signal.SIGINT)
         try:
-            process.wait(60)
+            process.wait(120)
         except subprocess.TimeoutExpired:
             process.kill()
         return f"ended after {step.minutes:g} minutes"

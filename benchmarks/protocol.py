@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -283,7 +284,8 @@ def lines(found: Mapping[str, Any]) -> Iterable[str]:
 
 
 def parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
-    """The arguments that every scenario has."""
+    """The arguments that every scenario has. From here on SIGTERM ends one as Ctrl-C does: its servers end with it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--rounds", type=int, default=None, help=f"paired rounds (default {rounds}; 2 with --quick)")
     made.add_argument(
