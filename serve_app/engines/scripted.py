@@ -114,7 +114,7 @@ class ScriptedEngine:
         self._line: Line[_Run] = Line()
         self._waits: set[asyncio.Future[None]] = set()
         self._closed = False
-        self._held = b""
+        self._held: list[bytes] = []
         """Memory that a script wants in use."""
 
     @property
@@ -152,8 +152,7 @@ class ScriptedEngine:
             run.request = request = self._resumed(script, request)
             self._check(script, request)
             if script.hold_mb is not None:
-                self._held = b""  # first: both at once would be more than the script wants
-                self._held = b"\1" * (script.hold_mb * 2**20)
+                self._hold(script.hold_mb)
             fitted = self._fit(request)
             yield Accepted(count_tokens(fitted.prompt), fitted.dropped, self._info.revision or None)
             await self._take_slot(run)
@@ -176,6 +175,14 @@ class ScriptedEngine:
         if script.continues == "refuse":
             raise CapabilityMissing("This model cannot continue a reply.")
         return replace(request, continuation=request.continuation.read_by(self._info.revision))
+
+    def _hold(self, mebibytes: int) -> None:
+        """Allocate what is lacking, so that memory in use only grows on the way to more."""
+        held = sum(map(len, self._held)) // 2**20
+        if mebibytes < held:
+            self._held.clear()
+            held = 0
+        self._held.append(b"\1" * ((mebibytes - held) * 2**20))
 
     def _check(self, script: Script, request: GenerationRequest) -> None:
         if request.has_images and Capability.VISION not in self._info.capabilities:
