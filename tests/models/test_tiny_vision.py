@@ -82,6 +82,19 @@ def test_measures_on_held_out_scenes_alone() -> None:
         assert all(vision_data.is_held_out(scene) for scene in shown)
 
 
+def test_histories_are_as_long_as_claimed(processor: Any) -> None:
+    def tokens(turns: list[Turn]) -> int:
+        text = processor.apply_chat_template(Conversation(turns).messages())
+        text = text.replace(vision.IMAGE, vision.IMAGE * vision.IMAGE_TOKENS)
+        return len(processor.tokenizer.encode(text, add_special_tokens=False))
+
+    for skill in vision_data.SKILLS:
+        asked = {"follow_up": 2}.get(skill, 1)
+        for conversation in vision.held_out_behind_history(processor, skill, prompts=10):
+            assert tokens(conversation.turns[:-asked]) >= 1_500
+            assert tokens(conversation.turns) <= vision.CONTEXT
+
+
 def test_holds_out_whole_pairs_for_every_shape() -> None:
     trained = vision_data.scenes(held_out=False)
     assert {shape for _, shape in vision_data.HELD_OUT_PAIRS} == set(vision_data.SHAPES)
