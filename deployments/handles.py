@@ -7,6 +7,7 @@ failure of Ray itself (a killed replica, a full queue) is told from a failure of
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
 import logging
 import secrets
@@ -98,6 +99,15 @@ def translate(error: Exception, name: str, provider: str) -> RotundaError:
     return Internal.masked()
 
 
+def apart(method: Any, *args: Any) -> Any:
+    """Call a deployment's method outside the context of the request at hand; returns what ``method.remote`` does.
+
+    When a client goes away, Serve cancels every call that it takes for a child of that client's request. A reply
+    outlives its request, and what nobody waits for any more is cancelled here by name.
+    """
+    return contextvars.Context().run(method.remote, *args)
+
+
 class RouterHandle:
     """The router deployment as :class:`serve_app.gateway.Router`."""
 
@@ -134,7 +144,7 @@ class RouterHandle:
     async def _call(self, method: str, *args: Any) -> Any:
         try:
             async with asyncio.timeout(ROUTER_TIMEOUT_S):
-                answer = await getattr(self._handle, method).remote(*args)
+                answer = await apart(getattr(self._handle, method), *args)
         except Exception as error:
             logger.warning("the router did not answer %s: %r", method, error)
             raise RouterAway("The router does not answer. Try again soon.", "rotunda") from error
@@ -177,7 +187,7 @@ class ModelHandles:
         # Another attempt is another stream: what the first one still brings must not mix with it.
         request = replace(request, request_id=f"{request.request_id}-{secrets.token_hex(4)}")
         mailbox = self._inbox.open(request.request_id)
-        call = self._handle(entry, stream=True).generate.remote(request, epoch, self._ingress)
+        call = apart(self._handle(entry, stream=True).generate, request, epoch, self._ingress)
         reader = asyncio.get_running_loop().create_task(self._read(call, entry, mailbox))
         self._readers.add(reader)
         reader.add_done_callback(self._readers.discard)
@@ -196,7 +206,7 @@ class ModelHandles:
     async def embed(self, entry: Entry, texts: Sequence[str], epoch: int) -> Embeddings:
         """One vector for each text."""
         try:
-            answer = await self._handle(entry, stream=False).embed.remote(tuple(texts), epoch, entry.id)
+            answer = await apart(self._handle(entry, stream=False).embed, tuple(texts), epoch, entry.id)
         except Exception as error:
             self._forget(entry)
             raise translate(error, entry.id, entry.provider) from error
@@ -211,6 +221,8 @@ class ModelHandles:
                 self._inbox.deliver(unpack(data))
             mailbox.call_ended(asyncio.get_running_loop().time())
         except asyncio.CancelledError:
+            # By us, when nobody reads any more; should Ray do it, the reader must not wait for what never comes.
+            mailbox.fail(ProviderUnavailable(f"The call to {entry.id} was cut off. Try again.", entry.provider))
             raise
         except Exception as error:
             self._forget(entry)

@@ -197,6 +197,14 @@ def test_a_conversation_has_one_running_reply_and_a_second_is_told_which(cluster
     assert reply.names[-1] == "end"
 
 
+def statuses(cluster: Cluster, session: dict[str, Any]) -> list[str]:
+    """Of the messages of the session's conversation."""
+    query = "query($id: String!) { messages(conversationId: $id) { status } }"
+    body = {"query": query, "variables": {"id": session["conversationId"]}}
+    answer = httpx.post(f"{cluster.url}/graphql", json=body, timeout=30).json()
+    return [message["status"] for message in answer["data"]["messages"]]
+
+
 def test_a_client_that_cancels_on_disconnect_stops_the_engine(cluster: Cluster) -> None:
     ask(cluster, "[[tokens=1]]", SLOW)
     body = {"message": "anything", "model": SLOW, "onDisconnect": "cancel"}
@@ -205,11 +213,12 @@ def test_a_client_that_cancels_on_disconnect_stops_the_engine(cluster: Cluster) 
             if name == "session":
                 session = json.loads(data)
     wait_until(lambda: cluster.model(SLOW)["running"] == 0, what="the engine to stop")
-    query = "query($id: String!) { messages(conversationId: $id) { status } }"
+    wait_until(lambda: statuses(cluster, session) == ["complete", "terminated"], what="the partial text to be stored")
 
-    def statuses() -> list[str]:
-        variables = {"id": session["conversationId"]}
-        answer = httpx.post(f"{cluster.url}/graphql", json={"query": query, "variables": variables}).json()
-        return [message["status"] for message in answer["data"]["messages"]]
 
-    wait_until(lambda: statuses() == ["complete", "terminated"], what="the partial text to be stored")
+def test_a_reply_outlives_a_client_that_leaves_at_once(cluster: Cluster) -> None:
+    ask(cluster, "[[tokens=1]]", SLOW)
+    body = {"message": "[[tokens=100]]", "model": SLOW, "onDisconnect": "detach"}
+    with cluster.client() as client, client.stream("POST", "/api/stream-message", json=body) as answer:
+        session = json.loads(next(sse_events(answer.iter_lines()))[2])
+    wait_until(lambda: statuses(cluster, session) == ["complete", "complete"], 30, what="the whole reply to be stored")
