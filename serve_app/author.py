@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any
 
 from serve_app.domain.conversation import SessionStatus, StoredImage, StreamSession, TerminationReason
@@ -218,12 +217,10 @@ def _status(reply: LiveReply, failure: RotundaError | None) -> SessionStatus:
 
 
 def _usage(reply: LiveReply, completed: Completed | None) -> Usage | None:
-    """Of a reply that broke off, what was seen of it; of one that was adopted, both parts."""
+    """Of a reply that broke off, what was seen of it; the gateway counts what was said before it was adopted."""
     if completed is None:
         return None if reply.prompt_tokens is None else Usage(reply.prompt_tokens, reply.token_count)
-    earlier = reply.told.token_count if reply.told else 0
-    usage = completed.finish.usage
-    return replace(usage, completion_tokens=usage.completion_tokens + earlier)
+    return completed.finish.usage
 
 
 def _terminal(
