@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
@@ -11,6 +10,7 @@ from datetime import UTC, datetime
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
+from serve_app.api import idempotency
 from serve_app.api.access import ANONYMOUS
 from serve_app.api.body import StreamMessage, TerminateStream, json_body, stream_message
 from serve_app.api.context import address_of, caller_of, token_of, trace_of
@@ -32,7 +32,6 @@ from serve_app.telemetry.tracing import Trail
 
 TITLE_LENGTH = 60
 IDEMPOTENCY_KEY = "Idempotency-Key"
-MAX_KEY_LENGTH = 255
 
 
 class Streams:
@@ -105,12 +104,7 @@ class Streams:
         await self._services.access.conversation(
             known.conversation_id, password=body.password, token=token_of(request), address=address_of(request)
         )
-        if known.fingerprint != fingerprint:
-            raise InvalidInput(
-                "Another message was sent with this Idempotency-Key before. A new message needs a new key.",
-                details={"param": IDEMPOTENCY_KEY},
-            )
-        return self._following(known, 0)
+        return self._following(idempotency.the_same(known, fingerprint, IDEMPOTENCY_KEY), 0)
 
     async def follow(self, session_id: str, request: Request) -> Response:
         """``GET /api/stream-message/{sessionId}``: replay what was sent after an event, and follow."""
@@ -181,16 +175,10 @@ async def _followed(trace: Trail, chunks: AsyncGenerator[bytes, None]) -> AsyncG
 
 def _idempotency(request: Request, body: StreamMessage, images: Sequence[RawImage | str]) -> tuple[str | None, str]:
     """What names the request among all of this caller's, and what tells whether another is the same."""
-    given = request.headers.get(IDEMPOTENCY_KEY)
-    if given is not None and not 0 < len(given) <= MAX_KEY_LENGTH:
-        raise InvalidInput(f"{IDEMPOTENCY_KEY} must have 1 to {MAX_KEY_LENGTH} characters.")
     content = body.model_dump(mode="json", exclude={"password"})
     uploads = [hashlib.sha256(image.encode() if isinstance(image, str) else image.data).hexdigest() for image in images]
-    fingerprint = hashlib.sha256(json.dumps([content, uploads], sort_keys=True).encode()).hexdigest()
-    if given is None:
-        return None, fingerprint
-    # Not the key itself: keys of one caller must not be guessed by another, nor read in the store.
-    return hashlib.sha256(f"{caller_of(request) or ANONYMOUS}\n{given}".encode()).hexdigest(), fingerprint
+    key = idempotency.key_of(caller_of(request) or ANONYMOUS, request.headers.get(IDEMPOTENCY_KEY), IDEMPOTENCY_KEY)
+    return key, idempotency.fingerprint([content, uploads])
 
 
 def _position(request: Request) -> int:

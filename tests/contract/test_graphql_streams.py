@@ -123,6 +123,19 @@ async def test_what_cannot_be_sent_is_a_typed_failure(
     assert await platform.services.store.list_messages("c1") == []
 
 
+async def test_a_message_sent_again_with_its_key_joins_the_reply_it_began(graph: Graph, platform: LocalPlatform):
+    message = "Say [[tokens=6 pace=0.02]]"
+    sent = [await send(graph, message, idempotencyKey="k1") for _ in range(2)]
+    assert sent[0]["id"] == sent[1]["id"]
+    await ended(platform, sent[0]["id"])
+    assert (await send(graph, message, idempotencyKey="k1"))["id"] == sent[0]["id"]
+    assert len(await platform.services.store.list_messages("c1")) == 2
+    other = await send(graph, "Something else", idempotencyKey="k1")
+    assert (other["__typename"], other["code"]) == ("Failure", "INVALID_INPUT")
+    empty = await send(graph, message, idempotencyKey="")
+    assert (empty["__typename"], empty["code"]) == ("Failure", "INVALID_INPUT")
+
+
 async def test_a_running_session_is_followed_from_anywhere(graph: Graph, platform: LocalPlatform):
     session_id = (await send(graph, "Say [[tokens=6 pace=0.02]]"))["id"]
     async with websocket(await platform.serve()) as session:

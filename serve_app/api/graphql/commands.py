@@ -60,8 +60,8 @@ class Commands:
     @mutation("Stores a message and starts its reply; follow it with streamSession.")
     async def send_message(self, info: GraphInfo, input: MessageInput) -> SendMessageResult:
         async def send() -> StreamSession:
-            reply = await start(info.context, input)
-            return StreamSession.of(reply.session, reply)
+            session = await start(info.context, input)
+            return StreamSession.of(session, info.context.services.sessions.find(session.id))
 
         return await outcome(send(), info.context.trace.trace_id)
 

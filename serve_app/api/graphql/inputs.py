@@ -103,3 +103,6 @@ class MessageInput:
     fallback_models: list[str] | None = None
     context_policy: ContextPolicy = ContextPolicy.TRUNCATE
     on_disconnect: OnDisconnect = OnDisconnect.DETACH
+    idempotency_key: str | None = strawberry.field(
+        default=None, description="The same message sent again with the same key joins the reply that it began."
+    )

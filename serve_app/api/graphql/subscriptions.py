@@ -35,8 +35,8 @@ class Subscription:
     async def stream_message(self, info: GraphInfo, input: MessageInput) -> AsyncGenerator[StreamEvent, None]:
         if not info.context.may_write:
             raise Forbidden("A message is sent by POST or over a WebSocket, not by GET.")
-        reply = await start(info.context, input)
-        async with aclosing(info.context.services.sessions.follow(reply.session)) as events:
+        session = await start(info.context, input)
+        async with aclosing(info.context.services.sessions.follow(session)) as events:
             async for numbered in events:
                 yield event_of(numbered)
 
