@@ -80,11 +80,14 @@ def is_last(item: Item | Broken) -> bool:
 
 
 def merged(items: list[Item | Broken], most_tokens: int) -> list[Item | Broken]:
-    """The items with neighbouring deltas joined while they hold at most ``most_tokens`` tokens together."""
+    """The items with neighbouring deltas joined while they hold at most ``most_tokens`` tokens together.
+
+    A delta without ids comes from a server that tells none: it counts as one token, and would not when it was joined.
+    """
     result: list[Item | Broken] = []
     for item in items:
         last = result[-1] if result else None
-        if isinstance(item, Delta) and isinstance(last, Delta):
+        if isinstance(item, Delta) and isinstance(last, Delta) and item.token_ids and last.token_ids:
             both = last + item
             if len(both.token_ids) <= most_tokens:
                 result[-1] = both
