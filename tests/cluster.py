@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -20,8 +21,13 @@ import yaml
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "models" / "huggingface"
 START_S = 180.0
+PORTS = 400
+"""HTTP ports of one cluster's replicas. Clusters that run side by side must not share them: a proxy goes on asking a
+port for a moment after its replica has gone, and would reach a replica of another cluster."""
 
 Value = TypeVar("Value")
+
+_blocks = itertools.count(os.getpid())
 
 
 def wait_until(probe: Callable[[], Value], timeout_s: float = 30.0, every_s: float = 0.1, what: str = "") -> Value:
@@ -87,6 +93,7 @@ class Cluster:
                 *applications,
             ],
         }
+        self._first_port = 20_000 + PORTS * (next(_blocks) % 25)
         self.environment = self._environment(environment or {})
         self._num_cpus = num_cpus
         self.process: subprocess.Popen[str] | None = None
@@ -102,6 +109,8 @@ class Cluster:
             "RAY_DASHBOARD_ADDRESS": self.dashboard_url,
             "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(self._first_port),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(self._first_port + PORTS - 1),
             "ROTUNDA_TEST_MARK": self.mark,
             "PYTHONUNBUFFERED": "1",
             **more,

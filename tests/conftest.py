@@ -49,8 +49,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     ]
     made = Cluster(tmp_path_factory.mktemp("cluster"), applications)
     shutil.copytree(MODELS / "rotunda", made.models / "rotunda")
-    made.start()
     try:
+        made.start()
         wait_until(lambda: httpx.get(f"{made.url}/ready", timeout=30).status_code == 200, 30, what="/ready")
         yield made
     finally:

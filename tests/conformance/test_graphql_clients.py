@@ -54,7 +54,7 @@ class Client:
 
     def conversation(self) -> str:
         id = f"conformance-{uuid.uuid4()}"
-        made = self.data(CREATE, new={"id": id, "tabName": "Conformance"})
+        made = self.data(CREATE, input={"id": id, "tabName": "Conformance"})
         assert made["createConversation"]["conversation"]["id"] == id
         return id
 
