@@ -138,7 +138,7 @@ class Engines:
         return Contender(
             f"{count} streams",
             lambda seed: self._runner.run(one_round(seed, self._tokens)),
-            warm_up=lambda seed: self._runner.run(one_round(seed, 16)),
+            warm_up=lambda seed: self._runner.run(one_round(seed, self._tokens)),
         )
 
     def turns(self) -> Contender:

@@ -246,6 +246,7 @@ class SlotDecoder:
     def turn(self, reading: Sequence[Job], running: Sequence[Job]) -> Iterator[Mapping[Job, int | Exception]]:
         """See :class:`Decoder`: one pass for all that are or will be in the slots, then those with images."""
         seated = [job for job in running if isinstance(job.state, Seat)]
+        others = [job for job in running if not isinstance(job.state, Seat)]  # who ends in this turn has no seat after
         with torch.inference_mode():
             outcomes = self._shared([job for job in reading if not job.prompt.inputs], seated)
         if outcomes:
@@ -256,7 +257,7 @@ class SlotDecoder:
                 outcome = self._look(pictured.pop(0))
             yield outcome
             pictured = []
-        yield from self._batch.turn(pictured, [job for job in running if not isinstance(job.state, Seat)])
+        yield from self._batch.turn(pictured, others)
 
     def _look(self, job: Job) -> dict[Job, int | Exception]:
         """Read a prompt with its images, and take what that leaves into a row."""

@@ -243,6 +243,19 @@ async def test_a_long_prompt_is_read_beside_running_streams_and_can_be_cancelled
     assert (now.cancelled, now.finished, now.running) == (1, 2, 0)
 
 
+async def test_a_stream_that_ends_while_another_prompt_is_read_ends_nobody_else(
+    make_engine: Make, ask: Ask, endless: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pace, "allowance", lambda self, running, reading: 8)
+    engine = await make_engine(endless, max_concurrency=3)
+    short = asyncio.create_task(ask(engine, "Hello", max_tokens=6))
+    await until(lambda: engine.counters().completion_tokens > 1)
+    beside = await ask(engine, "0 1 2 3 4 5 6 7 8 9 " * 8, max_tokens=3)
+    assert ((await short).finish.usage.completion_tokens, beside.finish.usage.completion_tokens) == (6, 3)
+    now = engine.counters()
+    assert (now.failed, now.finished, now.running) == (0, 2, 0)
+
+
 async def test_an_idle_engine_reads_a_prompt_in_one_pass(make_engine: Make, ask: Ask, endless: Path) -> None:
     engine = await make_engine(endless)
     loop = decoder_of(engine).loop
