@@ -15,10 +15,16 @@ MIB = 1024 * 1024
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory."""
-    found = re.search(r"^Rss:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
+    """Bytes in memory of this process's large anonymous mappings: what else it holds or gives back does not count."""
+    total, counts = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if mapping := re.match(r"[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \d+\s*(.*)", line):
+            anonymous = mapping[1] in ("", "/dev/zero (deleted)") or mapping[1].startswith("[anon")
+        elif size := re.match(r"Size:\s+(\d+) kB", line):
+            counts = anonymous and int(size[1]) >= 256 * 1024
+        elif counts and (found := re.match(r"Rss:\s+(\d+) kB", line)):
+            total += int(found[1]) * 1024
+    return total
 
 
 def put(cache: SlotCache, new: torch.Tensor, *places: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
