@@ -336,7 +336,7 @@ class Gateway:
         with record.attempt(candidate):
             async with aclosing(self._stream(candidate, transcript, record)) as steps:
                 async for step in steps:
-                    while news and not isinstance(step, Loading):
+                    while news and not isinstance(step, Loading):  # a load is no word of the model yet
                         yield news.pop(0)
                     yield step
 
