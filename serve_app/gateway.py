@@ -358,7 +358,7 @@ class Gateway:
         """Seconds until the next try. A model that has left meanwhile is no failure: the router is asked anew."""
         if isinstance(error, ReplicaRetired) and not failures:
             return RETIRED_S
-        return self._limits.backoff.delay_s(failures, random.random) if error.retryable else None
+        return self._limits.backoff.delay_s(failures, random.random) if error.worth_repeating else None
 
     async def _stream(self, candidate: Candidate, transcript: Transcript, record: Record) -> AsyncGenerator[Step, None]:
         """Stream one candidate's items, each within its time, and record when they came."""

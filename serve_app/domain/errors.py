@@ -78,6 +78,11 @@ class RotundaError(Exception):
         value = self.details.get("retryAfterS")
         return int(value) if value is not None else None
 
+    @property
+    def worth_repeating(self) -> bool:
+        """Whether the same model is asked again before the client hears of it."""
+        return self.retryable
+
     def to_dict(self) -> dict[str, Any]:
         """The error as JSON values; :func:`error_from_dict` reads it back."""
         return {
@@ -138,7 +143,14 @@ class Forbidden(AccessError):
 
 
 class Busy(RotundaError):
+    """There is too much to do. Asking again adds to it and keeps a client waiting for its refusal, so the client is
+    told when to come again, unless nobody knows when."""
+
     code, status, retry = "RATE_LIMITED", 429, True
+
+    @property
+    def worth_repeating(self) -> bool:
+        return self.retryable and self.retry_after_s is None
 
 
 class ConversationBusy(Busy):
@@ -149,6 +161,10 @@ class ConversationBusy(Busy):
 
 class QueueFull(Busy):
     code, status, retry = "QUEUE_FULL", 429, True
+
+    @property
+    def worth_repeating(self) -> bool:
+        return False
 
 
 class RateLimited(Busy):

@@ -174,13 +174,17 @@ def _quietly(probe: Callable[[], Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def brisk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Scripted models with room for one, and little patience with busy ones."""
+    """Scripted models with room for one, and little patience with busy ones.
+
+    What waits here while models change places, and comes to one at once when it is back, is a pace times the seconds
+    that a load takes on this machine: both lines have room for all that a test sends.
+    """
     home = tmp_path_factory.mktemp("brisk")
-    models = [scripted(name, memory_bytes="500MB", options={"pace": 0.02}) for name in "ab"]
+    models = [scripted(name, memory_bytes="500MB", max_queue=1000, options={"pace": 0.02}) for name in "ab"]
     models.append(scripted("slow-load", memory_bytes="500MB", options={"load_s": 6}))
     models.append(scripted("broken", memory_bytes="500MB", options={"load_error": "MODEL_LOAD_FAILED"}))
     platform = {"capacity": {"memory_bytes": "700MB"}, "fallbacks": {"test/broken": ["test/a"]}}
-    cluster = start(home, models, platform, ROTATION_TIMEOUT_MS="3000")
+    cluster = start(home, models, platform, ROTATION_TIMEOUT_MS="3000", MAX_QUEUE_SIZE="1000")
     cluster.start()
     try:
         yield cluster

@@ -16,7 +16,10 @@ from serve_app.domain.errors import (
     GenerationFailed,
     ProviderError,
     ProviderUnavailable,
+    QueueFull,
+    RateLimited,
     ReplicaRetired,
+    RotundaError,
 )
 from serve_app.domain.events import Loading, Queued, Switched
 from serve_app.domain.fleet import FleetView
@@ -192,6 +195,25 @@ async def test_what_cannot_be_tried_again_goes_to_the_next_candidate_at_once() -
     backend = ScriptedBackend(failing(GenerationFailed("broken")), answer)
     await steps(Gateway(ScriptedRouter(granted("a", "b")), backend, Limits(backoff=NO_WAIT)))
     assert backend.called == ["a", "b"]
+
+
+@pytest.mark.parametrize("busy", [QueueFull("full"), RateLimited("later", details={"retryAfterS": 7})])
+async def test_who_is_busy_is_not_asked_again_but_the_next_candidate_is(busy: RotundaError) -> None:
+    backend = ScriptedBackend(failing(busy), answer)
+    assert Switched("a", "b", busy.message) in await steps(Gateway(ScriptedRouter(granted("a", "b")), backend))
+    assert backend.called == ["a", "b"]
+    backend = ScriptedBackend(failing(busy))
+    with pytest.raises(type(busy)) as refused:
+        await steps(Gateway(ScriptedRouter(granted("a")), backend))
+    assert backend.called == ["a"] and refused.value.retry_after_s == busy.retry_after_s
+
+
+async def test_a_limit_without_a_time_is_tried_again() -> None:
+    backend = ScriptedBackend(failing(RateLimited("later")), answer)
+    assert isinstance(
+        (await steps(Gateway(ScriptedRouter(granted("a")), backend, Limits(backoff=NO_WAIT))))[-1], Completed
+    )
+    assert backend.called == ["a", "a"]
 
 
 async def test_a_request_that_is_wrong_is_wrong_everywhere() -> None:
