@@ -1,4 +1,5 @@
-"""Random-weight Llamas of about 5, 30 and 90 million parameters, made locally; speed does not ask what weights say.
+"""Random-weight Llamas of about 5, 30 and 90 million parameters (and of 1 billion in bfloat16, for GPUs), made locally;
+speed does not ask what weights say.
 
 ``python -m benchmarks.models FOLDER [--sizes 5M 30M 90M]`` writes ``FOLDER/bench/<size>``: stock architectures in fp32
 that end no reply by themselves, with a tokenizer of whole words (``w0`` … ``w7999``) and a chat template that adds
@@ -18,22 +19,31 @@ SIZES: dict[str, dict[str, int]] = {
     "30M": {"hidden_size": 448, "intermediate_size": 1216, "num_hidden_layers": 10, "num_attention_heads": 7},
     "90M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 11, "num_attention_heads": 12},
 }
+LARGE: dict[str, dict[str, int]] = {
+    "1B": {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}  # fmt: skip
+"""In bfloat16."""
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "benchmarks" / "models"
 
 
-def make_model(path: Path, sizes: dict[str, int]) -> int:
+def make_model(path: Path, sizes: dict[str, int], dtype: str = "float32") -> int:
     """Write one model to ``path``; returns its number of parameters."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
+    heads = {"num_key_value_heads": sizes["num_attention_heads"]}
     config = LlamaConfig(
-        vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, num_key_value_heads=sizes["num_attention_heads"],
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, **sizes,
+        vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=None, **(heads | sizes),
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    with torch.device("cuda" if sizes in LARGE.values() and torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config).to(getattr(torch, dtype))
     model.save_pretrained(path)
     backend = Tokenizer(models.WordLevel({f"w{n}": n for n in range(VOCABULARY)}, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -62,10 +72,11 @@ def ensure(sizes: list[str], store: Path = CACHE) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("store", type=Path)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", choices=[*SIZES, *LARGE], default=list(SIZES))
     given = parser.parse_args()
     for size in given.sizes:
-        parameters = make_model(given.store / model_id(size), SIZES[size])
+        sizes, dtype = (SIZES[size], "float32") if size in SIZES else (LARGE[size], "bfloat16")
+        parameters = make_model(given.store / model_id(size), sizes, dtype)
         print(f"{model_id(size)}: {parameters / 1e6:.1f} M parameters")  # noqa: T201
 
 

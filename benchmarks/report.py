@@ -18,7 +18,18 @@ from serve_app.config.reference import between
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
 README = ROOT / "README.md"
-ORDER = ("engine_5M", "engine_30M", "engine_90M", "batch_scaling", "hops", "gateway", "paced", "replicas", "overload")
+ORDER = (
+    "engine_5M",
+    "engine_30M",
+    "engine_90M",
+    "batch_scaling",
+    "gpu",
+    "hops",
+    "gateway",
+    "paced",
+    "replicas",
+    "overload",
+)
 SIGNS = {"at_least": "≥", "at_most": "≤"}
 
 Found = Mapping[str, Any]
@@ -101,8 +112,9 @@ def _conditions(result: Found) -> str:
     settings = ", ".join(f"{name} {_told(value)}" for name, value in result["settings"].items())
     foreign = result["foreign_share"]
     return (
-        f"{machine['date'][:10]}, {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; "
-        f"{' or '.join(map(str, rounds))} rounds"
+        f"{machine['date'][:10]}, {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB"
+        + (f", {machine['gpu']}; " if "gpu" in machine else "; ")
+        + f"{' or '.join(map(str, rounds))} rounds"
         + (f"; others took {foreign:.0%} of the processors" if foreign is not None else "")
         + f"; {versions}. Settings: {settings}."
     )

@@ -98,7 +98,7 @@ async def disturbed(engine: Engine, rng: random.Random, streams: int, tokens: in
             after - earlier
             for one in runs
             for earlier, after in zip(one.times, one.times[1:], strict=False)
-            if entered < after < left
+            if after > entered and earlier < left
         )
         return gaps[int(len(gaps) * 0.99)], guest.ttft if guest else 0.0
 

@@ -57,10 +57,10 @@ def _batch(passes: Passes, ids: Sequence[int], places: int, reason: str | None) 
 
 
 def _slots(batch: BatchDecoder, passes: Passes, loaded: Loaded, places: int, limit: int, budget: int) -> SlotDecoder:
-    if loaded.device == "cpu":
-        rows = places + KEPT_ROWS  # untouched rows take no memory
-    else:
-        rows = places = max(1, min(places, budget // limit))
+    rows = places + KEPT_ROWS
+    if loaded.device != "cpu":  # there untouched rows take memory too
+        rows = max(1, min(rows, budget // limit))
+        places = min(places, rows)
     kinds = gate.LayerKinds.of(loaded.model)
     loop = SlotLoop(loaded.model, kinds, rows, limit, budget)
     # A window's own cache forgets what lies outside it, and a row must hold everything.

@@ -80,7 +80,7 @@ class Passes:
             raise InvalidInput("The prompt holds a token that the model does not know.")
 
     def sampler(self, job: Job) -> Sampler:
-        return Sampler.of(job, self._defaults, tuple(self._ends), len(self._begin(job.prompt.ids)))
+        return Sampler.of(job, self._defaults, tuple(self._ends), len(self._begin(job.prompt.ids)), self._device)
 
     def decoder_ids(self, job: Job) -> list[int]:
         """What the decoder has read for a job."""

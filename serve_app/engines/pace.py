@@ -5,6 +5,8 @@ from __future__ import annotations
 BLOCK = 16
 """Lengths are multiples of this: shapes repeat."""
 MIN_CHUNK, MAX_CHUNK = 16, 512
+MAX_CHUNK_GPU = 4096
+"""A GPU is not busy with less."""
 SHARE = 0.6
 """Of a step's time that reading may add to it, on average: single passes vary."""
 
@@ -14,9 +16,13 @@ class Pace:
 
     When newcomers outnumber the running streams, more of them wait than would be kept waiting: they get more, by the
     square of the ratio. Times are smoothed over a few passes.
+
+    Args:
+        most: tokens of prompts in one pass.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = MAX_CHUNK) -> None:
+        self._most = most
         self._step_s: float | None = None
         self._token_s: float | None = None
 
@@ -32,9 +38,9 @@ class Pace:
     def allowance(self, running: int, reading: int) -> int:
         """Tokens, a multiple of :data:`BLOCK`."""
         if not running or self._step_s is None or not self._token_s:
-            return MAX_CHUNK
+            return self._most
         tokens = int(SHARE * self._step_s / self._token_s * max(1.0, reading / running) ** 2)
-        return min(MAX_CHUNK, max(MIN_CHUNK, tokens // BLOCK * BLOCK))
+        return min(self._most, max(MIN_CHUNK, tokens // BLOCK * BLOCK))
 
 
 def _smooth(old: float | None, new: float) -> float:

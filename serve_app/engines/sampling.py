@@ -57,6 +57,7 @@ class Sampler:
         ends: the tokens that end a reply.
         constraint: what the reply must look like; this sampler advances it.
         logprobs: takes a :class:`Picked` for every token, when the request asks for log-probabilities.
+        device: where the logits are.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Sampler:
         logprobs: list[Picked] | None = None,
         seed: int | None = None,
         reply: Sequence[int] = (),
+        device: Any = "cpu",
     ) -> None:
         unasked = options.temperature is None
         temperature = _first(options.temperature, defaults.temperature, 1.0)
@@ -76,7 +78,7 @@ class Sampler:
         self._constraint = constraint
         self._top = options.logprobs
         self._told = logprobs if logprobs is not None else []
-        self._penalties = _penalties(options, defaults, ends, prompt_length, constraint is not None)
+        self._penalties = _penalties(options, defaults, ends, prompt_length, constraint is not None, device)
         self._bias = _Bias(options)
         self._temperature = float(temperature)
         self._top_k = int(_first(options.top_k, defaults.top_k, 0))
@@ -89,12 +91,11 @@ class Sampler:
             self._bias.accept(token)
 
     @classmethod
-    def of(cls, job: Any, defaults: Any, ends: Sequence[int], prompt_length: int) -> Sampler:
+    def of(cls, job: Any, defaults: Any, ends: Sequence[int], prompt_length: int, device: Any) -> Sampler:
         """The sampler of a :class:`serve_app.engines.worker.Job`."""
         request, told = job.request, job.stream.picked
-        return cls(
-            request.options, defaults, ends, prompt_length, job.prompt.constraint, told, request.seed, job.tokens
-        )
+        constraint = job.prompt.constraint
+        return cls(request.options, defaults, ends, prompt_length, constraint, told, request.seed, job.tokens, device)
 
     @property
     def needs_ids(self) -> bool:
@@ -241,7 +242,7 @@ def narrowed(scores: torch.Tensor, top_k: int, top_p: float, min_p: float) -> tu
 
 
 def _penalties(
-    options: Options, defaults: Any, ends: Sequence[int], prompt_length: int, constrained: bool
+    options: Options, defaults: Any, ends: Sequence[int], prompt_length: int, constrained: bool, device: Any
 ) -> list[Callable[..., Any]]:
     """What looks at the tokens so far. A grammar alone decides when its reply ends."""
     repetition = _first(options.repetition_penalty, defaults.repetition_penalty, 1.0)
@@ -253,11 +254,11 @@ def _penalties(
     if defaults.no_repeat_ngram_size:
         found.append(steps.NoRepeatNGramLogitsProcessor(int(defaults.no_repeat_ngram_size)))
     if least and held_back:
-        found.append(steps.MinNewTokensLengthLogitsProcessor(prompt_length, int(least), held_back))
+        found.append(steps.MinNewTokensLengthLogitsProcessor(prompt_length, int(least), held_back, device))
     if defaults.forced_bos_token_id is not None and not constrained:
         found.append(steps.ForcedBOSTokenLogitsProcessor(int(defaults.forced_bos_token_id)))
     if defaults.suppress_tokens:
-        found.append(steps.SuppressTokensLogitsProcessor(defaults.suppress_tokens))
+        found.append(steps.SuppressTokensLogitsProcessor(defaults.suppress_tokens, device))
     return found
 
 

@@ -22,7 +22,7 @@ from serve_app.engines.batch import BatchDecoder
 from serve_app.engines.cache import SlotCache
 from serve_app.engines.decoding import Begun, Passes
 from serve_app.engines.gate import LayerKinds
-from serve_app.engines.pace import BLOCK, MIN_CHUNK, Pace
+from serve_app.engines.pace import BLOCK, MAX_CHUNK, MAX_CHUNK_GPU, MIN_CHUNK, Pace
 from serve_app.engines.packed import Group, exchanged
 from serve_app.engines.rows import Row, Rows, common_length
 from serve_app.engines.sampling import Sampler
@@ -90,6 +90,10 @@ class SlotLoop:
         self.rows = Rows(rows, budget)
         self.limit = limit
         self.windows = [window for window in kinds.windows.values() if window]
+
+    @property
+    def on_cpu(self) -> bool:
+        return bool(self._device.type == "cpu")
 
     def sit(self, seat: Seat) -> None:
         """Give it a row, with as much of its prompt as is already in the cache."""
@@ -224,7 +228,7 @@ class SlotDecoder:
         self._passes = passes
         self.loop = loop
         self.places: int | None = places
-        self._pace = Pace()
+        self._pace = Pace(MAX_CHUNK if loop.on_cpu else MAX_CHUNK_GPU)
 
     def __repr__(self) -> str:
         return f"SlotDecoder({self.loop.rows!r})"

@@ -37,6 +37,7 @@ from serve_app.engines.base import Engine, EngineOptions
 from serve_app.engines.discovery import inspect
 from serve_app.engines.registry import ENGINES, create
 from tests.engine import tiny_models
+from tests.engine.devices import DEVICES, placed
 
 MakeEngine = Callable[..., Awaitable[Engine]]
 FOREVER = 100_000
@@ -60,7 +61,7 @@ def tiny_batched(tmp_path_factory: pytest.TempPathFactory) -> ModelInfo:
 MODELS = {"slots": "tiny_chat", "batch": "tiny_batched"}
 
 
-@pytest.fixture(params=["scripted", *MODELS])
+@pytest.fixture(params=["scripted", *(f"{way} on {device}" for way in MODELS for device in DEVICES)])
 async def make_engine(request: pytest.FixtureRequest) -> AsyncIterator[MakeEngine]:
     made: list[Engine] = []
 
@@ -70,8 +71,9 @@ async def make_engine(request: pytest.FixtureRequest) -> AsyncIterator[MakeEngin
             info = ModelInfo("tiny", "", context_length=512, capabilities=chat, revision="1")
             options = EngineOptions(**settings, extra=(("tokens", FOREVER), ("pace", 0.001)))
         else:
-            info, options = request.getfixturevalue(MODELS[request.param]), EngineOptions(**settings)
-        name = "transformers" if request.param in MODELS else request.param
+            way, _, device = request.param.partition(" on ")
+            info, options = request.getfixturevalue(MODELS[way]), EngineOptions(**placed(device, settings))
+        name = "scripted" if request.param == "scripted" else "transformers"
         made.append(await asyncio.to_thread(create, name, info, options))
         return made[-1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from serve_app.domain.generation import Accepted, Delta, Finish, GenerationReque
 from serve_app.engines.base import EngineOptions
 from serve_app.engines.discovery import inspect
 from serve_app.engines.transformers import TransformersEngine, create
+from serve_app.engines.worker import Worker
 from tests.engine import tiny_models
+from tests.engine.devices import DEVICES, placed
 
 MakeEngine = Callable[..., Awaitable[TransformersEngine]]
 
@@ -35,18 +38,49 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
-async def make_engine(store: Path) -> AsyncIterator[MakeEngine]:
+async def make_engine(store: Path, device: str) -> AsyncIterator[MakeEngine]:
     made: list[TransformersEngine] = []
 
     async def make(model: str | Path, **settings: Any) -> TransformersEngine:
         path = store / model
-        made.append(await asyncio.to_thread(create, inspect(path, path.name), EngineOptions(**settings)))
+        made.append(
+            await asyncio.to_thread(create, inspect(path, path.name), EngineOptions(**placed(device, settings)))
+        )
         return made[-1]
 
     yield make
     for engine in made:
         await engine.close()
+
+
+@pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Awaitable[list[Any]]]:
+    """Runs requests that all wait before the first of them is looked at."""
+    gate = threading.Event()
+    original = Worker._turn
+
+    def turn(self: Worker) -> None:
+        gate.wait(30)
+        original(self)
+
+    monkeypatch.setattr(Worker, "_turn", turn)
+
+    async def run(engine: TransformersEngine, *asked: Any) -> list[Any]:
+        gate.clear()
+        tasks = [asyncio.ensure_future(one) for one in asked]
+        while len(engine._worker._line) < len(asked):  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0.001)
+        gate.set()
+        return list(await asyncio.gather(*tasks, return_exceptions=True))
+
+    gate.set()
+    return run
 
 
 class Reply:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
-import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ from serve_app.engines import batch, gate
 from serve_app.engines.batch import BatchDecoder
 from serve_app.engines.decoding import Passes
 from serve_app.engines.transformers import TransformersEngine
-from serve_app.engines.worker import Worker
 from tests.engine import tiny_models
 
 Make = Callable[..., Awaitable[TransformersEngine]]
@@ -66,30 +63,6 @@ def picture(color: str) -> Image:
     out = io.BytesIO()
     Pillow.new("RGB", (28, 28), color).save(out, "PNG")
     return Image("image/png", out.getvalue())
-
-
-@pytest.fixture
-def together(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Awaitable[list[Any]]]:
-    """Runs requests that all wait before the first of them is looked at."""
-    gate = threading.Event()
-    original = Worker._turn
-
-    def turn(self: Worker) -> None:
-        gate.wait(30)
-        original(self)
-
-    monkeypatch.setattr(Worker, "_turn", turn)
-
-    async def run(engine: TransformersEngine, *asked: Any) -> list[Any]:
-        gate.clear()
-        tasks = [asyncio.ensure_future(one) for one in asked]
-        while len(engine._worker._line) < len(asked):  # noqa: ASYNC110 - nothing tells
-            await asyncio.sleep(0.001)
-        gate.set()
-        return list(await asyncio.gather(*tasks, return_exceptions=True))
-
-    gate.set()
-    return run
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -30,6 +30,7 @@ from tests.pictures import encoded, photo
 
 Make = Callable[..., Awaitable[TransformersEngine]]
 Ask = Callable[..., Awaitable[Any]]
+Together = Callable[..., Awaitable[list[Any]]]
 SOAK = int(os.environ.get("ROTUNDA_SOAK_REQUESTS", "300"))
 
 
@@ -116,7 +117,7 @@ async def test_what_was_read_with_an_image_is_never_reused(make_engine: Make, as
 
 @pytest.mark.parametrize("save", [tiny_models.save_llava, tiny_models.save_idefics])
 async def test_replies_about_pictures_share_the_steps_of_the_others(
-    save: Callable[..., Path], tmp_path: Path, make_engine: Make, ask: Ask
+    save: Callable[..., Path], tmp_path: Path, make_engine: Make, ask: Ask, together: Together
 ) -> None:
     engine = await make_engine(save(tmp_path / "m"), max_concurrency=8)
     asked = [Message.of("user", f"What is this, {n}?", (Image("image/png", photo("PNG")),)) for n in range(3)]
@@ -129,7 +130,7 @@ async def test_replies_about_pictures_share_the_steps_of_the_others(
         return original(feeds)
 
     loop.run = run  # type: ignore[method-assign]
-    replies = await asyncio.gather(*(ask(engine, message, max_tokens=40) for message in (*asked, "Hello")))
+    replies = await together(engine, *(ask(engine, message, max_tokens=40) for message in (*asked, "Hello")))
     assert [reply.ids for reply in replies] == alone
     assert max(sizes) == 4
 
@@ -373,4 +374,5 @@ async def test_a_soak_leaks_no_row_and_its_counters_add_up(make_engine: Make, en
     rows = decoder_of(engine).loop.rows
     assert held_rows(engine) == 0 and len({row.index for row in rows.by_index}) == len(rows.by_index)
     assert sum(row.occupied for row in rows.by_index) <= 2048
-    assert len(rows.by_index) == slots.KEPT_ROWS + 8
+    if decoder_of(engine).loop.on_cpu:  # on a GPU all rows together hold no more than the budget
+        assert len(rows.by_index) == slots.KEPT_ROWS + 8

@@ -125,9 +125,9 @@ def model_of(config: Any, seed: int = 0) -> Any:
     return model
 
 
-def decoder_of(model: Any, places: int = 4) -> SlotDecoder | BatchDecoder:
+def decoder_of(model: Any, device: str = "cpu", places: int = 4) -> SlotDecoder | BatchDecoder:
     tokenizer = SimpleNamespace(eos_token_id=None)
-    loaded = Loaded(model, tokenizer, None, ModelInfo("m", ""), "cpu", "float32", "sdpa")
+    loaded = Loaded(model, tokenizer, None, ModelInfo("m", ""), device, "float32", "sdpa")
     with torch.inference_mode():
         return choose(loaded, list(range(5, 25)), places, CONTEXT, 4 * CONTEXT)
 
@@ -170,15 +170,16 @@ def play(decoder: SlotDecoder, arrivals: Sequence[Arrival]) -> list[Job]:
 def generated(model: Any, ids: Sequence[int], tokens: int) -> list[int]:
     with torch.inference_mode():
         made = model.generate(
-            torch.tensor([list(ids)]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=tokens, do_sample=False
-        )
+            torch.tensor([list(ids)], device=model.device), attention_mask=torch.ones(1, len(ids), device=model.device),
+            max_new_tokens=tokens, do_sample=False,
+        )  # fmt: skip
     return list(made[0, len(ids) :].tolist())
 
 
 def gap(model: Any, ids: Sequence[int]) -> float:
     """Between the reference's two best logits after ``ids``."""
     with torch.inference_mode():
-        best = model(torch.tensor([list(ids)])).logits[0, -1].topk(2).values
+        best = model(torch.tensor([list(ids)], device=model.device)).logits[0, -1].topk(2).values
     return float(best[0] - best[1])
 
 
@@ -205,9 +206,11 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("reuse", [True, False], ids=["reuse", "no reuse"])
 @pytest.mark.parametrize("family", RUN)
-def test_mixed_traffic_gets_the_tokens_of_generate(family: str, reuse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of(RUN[family]())
-    decoder = decoder_of(model)
+def test_mixed_traffic_gets_the_tokens_of_generate(
+    family: str, reuse: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(RUN[family]()).to(device)
+    decoder = decoder_of(model, device)
     assert isinstance(decoder, SlotDecoder), decoder.description
     if not reuse:
         monkeypatch.setattr(Rows, "_best", lambda self, prompt: (None, 0))
@@ -224,9 +227,9 @@ def test_mixed_traffic_gets_the_tokens_of_generate(family: str, reuse: bool, mon
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_what_shared_passes_would_spoil_is_refused_with_the_reason(family: str) -> None:
+def test_what_shared_passes_would_spoil_is_refused_with_the_reason(family: str, device: str) -> None:
     make, reason = REFUSED[family]
-    decoder = decoder_of(model_of(make()))
+    decoder = decoder_of(model_of(make()).to(device), device)
     assert isinstance(decoder, BatchDecoder)
     assert reason in decoder.description
 
