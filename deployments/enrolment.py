@@ -12,6 +12,7 @@ from deployments.offer import Offer
 from serve_app.config import Settings
 from serve_app.domain.catalog import LOCAL_PROVIDER, Entry
 from serve_app.domain.placement import Node, Resources
+from serve_app.domain.planning import Verdict
 from serve_app.domain.rotation_events import (
     CapacityChanged,
     Gone,
@@ -60,6 +61,7 @@ class Enrolment:
         self._models: dict[str, Model] = {}
         self._pools: dict[str, Node] = {}
         self._down: dict[str, str] = {}
+        self._giants: set[str] = set()
 
     def models(self) -> None:
         """Tell of models that are new, changed or gone. One whose files changed is loaded anew."""
@@ -76,10 +78,21 @@ class Enrolment:
             if before is not None and before.revision and before.revision != model.revision:
                 self._rotor.tell(Unload(name, "its files have changed"))
         self._models = offered
+        self._look_for_giants()
 
     def nodes(self) -> None:
         """Tell where local models may land now."""
         self._rotor.tell(CapacityChanged(LOCAL_PROVIDER, self._nodes.nodes))
+        self._look_for_giants()
+
+    def _look_for_giants(self) -> None:
+        """Log which declared models can never be loaded here, once each: their requests will all be refused."""
+        declared = {entry.full_name for entry in self._offer.catalogue.entries if entry.declared and not entry.shared}
+        plans = [self._rotor.rotation.plan(name) for name in declared & self._models.keys()]
+        giants = {plan.model: plan.reason for plan in plans if plan.verdict is Verdict.NEVER}
+        for name in giants.keys() - self._giants:
+            logger.error("%s", giants[name])
+        self._giants = set(giants)
 
     def remotes(self) -> None:
         """Tell of the remote providers: which cannot be reached, and the memory of those that say what is in it."""

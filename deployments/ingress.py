@@ -156,7 +156,11 @@ def _warn_of_slow_modes() -> None:
 def _limits(settings: Settings) -> Limits:
     backoff = Backoff(1 + settings.rotation_retry_attempts, settings.rotation_retry_delay_ms / 1000)
     return Limits(
-        load_s=settings.hf_load_timeout_ms / 1000, total_s=settings.hf_model_timeout_ms / 1000, backoff=backoff
+        load_s=settings.hf_load_timeout_ms / 1000,
+        first_token_s=settings.first_token_timeout_ms / 1000,
+        idle_s=settings.idle_timeout_ms / 1000,
+        total_s=settings.hf_model_timeout_ms / 1000,
+        backoff=backoff,
     )
 
 

@@ -19,6 +19,8 @@ from typing import Any
 import yaml
 
 from serve_app.config import Settings, check_exposure, load
+from serve_app.config.consistency import contradictions
+from serve_app.config.report import invalid
 from serve_app.config.serve_file import ServeFile, read_serve_file
 from serve_app.config.sources import PLATFORM
 from serve_app.domain.errors import InvalidConfig
@@ -81,6 +83,8 @@ def _settings(path: Path) -> tuple[Settings, ServeFile]:
     loaded = load(platform=file.gateway.platform_path() or PLATFORM, args=file.gateway.settings)
     for warning in (*loaded.warnings, *check_exposure(file.host, loaded.settings)):
         logger.warning("warning: %s", warning)
+    if problems := contradictions(file, loaded):
+        raise invalid(problems)
     url = loaded.settings.database_url.get_secret_value()
     if url.startswith("sqlite"):
         migrate.upgrade(url)

@@ -94,7 +94,7 @@ class Offer:
     def rebuild(self) -> bool:
         """Make the catalogue anew; a declared model wins over its folder. Whether anything has changed."""
         entries = [entry for entry in self._entries() if entry.full_name not in self.removed]
-        aliases = dict(self._platform.aliases)
+        aliases: dict[str, str | tuple[str, ...]] = dict(self._platform.aliases)
         for args in (*self._defaults.values(), *self.serve.models.values()):
             aliases |= dict.fromkeys(args.aliases, args.model)
         catalogue = Catalogue(entries, aliases)

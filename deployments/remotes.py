@@ -108,8 +108,8 @@ class Remotes:
         Its models cannot be listed, but a request for one of them deserves its fallbacks, and the true reason.
         """
         unlisted = []
-        for name in names:
-            provider, _, model = catalogue.aliases.get(name, name).partition("/")
+        for target in (target for name in names for target in catalogue.aliases.get(name, (name,))):
+            provider, _, model = target.partition("/")
             application, _, declared = self._providers().get(provider, ("", None, False))
             reason = self._upstreams.problem(application, now) if application and model else None
             known = {entry.full_name for entry in catalogue.entries}

@@ -329,4 +329,5 @@ def _from(route: Route, grant: Grant, name: str) -> Route:
     first = route.candidates[rank]
     before = tuple((candidate.name, grant.reason) for candidate in route.candidates[:rank])
     granted = first if first.resident else replace(first, state=ModelState.READY)
-    return Route((granted, *route.candidates[rank + 1 :]), (*route.passed_over, *before))
+    candidates = (granted, *route.candidates[rank + 1 :])
+    return replace(route, candidates=candidates, passed_over=(*route.passed_over, *before))

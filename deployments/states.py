@@ -26,6 +26,10 @@ class States:
             return self.fleet.state_of(entry, self.now)
         return self.rotation.state_of(entry.full_name)
 
+    def expected_s(self, entry: Entry) -> float:
+        """See :meth:`serve_app.domain.routing.FleetState.expected_s`."""
+        return self.fleet.expected_s(entry, self.now)
+
     def failure_of(self, entry: Entry) -> Mapping[str, Any] | None:
         """The error that every call to the model would end with until its files change; None when it may heal."""
         row = self.rotation.state.residency.rows.get(entry.full_name)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from serve_app.domain.conversation import SessionStatus, StoredImage, StreamSession, TerminationReason
@@ -21,6 +22,7 @@ from serve_app.domain.events import (
     Terminated,
 )
 from serve_app.domain.generation import Accepted, Delta, GenerationRequest, Timing, Usage
+from serve_app.domain.prompt_length import least_tokens
 from serve_app.domain.routing import Admission
 from serve_app.gateway import Completed, Gateway, Routed
 from serve_app.logbook import Contact, Logbook
@@ -110,7 +112,7 @@ class Author:
     ) -> Completed | None:
         completed: Completed | None = None
         wanted = await request()
-        ask = reply.wanted.ask(wanted.request_id)
+        ask = replace(reply.wanted.ask(wanted.request_id), least_tokens=least_tokens(wanted))
         async with aclosing(self._gateway.reply(ask, wanted, admission, reply.trace)) as steps:
             async for step in steps:
                 match step:

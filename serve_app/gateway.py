@@ -155,13 +155,14 @@ class Gateway:
     async def _admit(self, ask: Ask) -> Admission:
         key = (ask.model, ask.needs, ask.fallbacks)
         catalogue, granted = self._grants.get(key, (-1, None))
-        if granted is not None and catalogue == self.leases.catalogue:
+        current = granted is not None and catalogue == self.leases.catalogue
+        if granted is not None and current and granted.route.takes(ask.least_tokens):
             lease = self.leases.use(granted.lease.model)
             if lease is not None:
                 return replace(granted, lease=lease)
         self._grants.pop(key, None)
         admission = await self.leases.ask(ask)
-        if isinstance(admission, Granted) and not admission.route.passed_over:
+        if isinstance(admission, Granted) and not (admission.route.passed_over or admission.route.momentary):
             self._grants[key] = (self.leases.catalogue, admission)
         return admission
 

@@ -26,6 +26,7 @@ from serve_app.domain.conversation import (
 from serve_app.domain.errors import MalformedRequest, NotFound, QueueFull, RotundaError
 from serve_app.domain.events import Failed, Numbered
 from serve_app.domain.generation import GenerationRequest, Image, Message, Role
+from serve_app.domain.prompt_length import least_tokens
 from serve_app.domain.stream_log import Transcript
 from serve_app.domain.wanted import Wanted
 from serve_app.gateway import Gateway
@@ -105,7 +106,7 @@ class Sessions:
         wanted = new.wanted()
         with new.trace.phase("store.read"):
             request = await self._request(new, wanted)
-        ask = wanted.ask(request.request_id)
+        ask = replace(wanted.ask(request.request_id), least_tokens=least_tokens(request))
         admission = await self._gateway.admit(ask, new.trace)
         first = admission.route.first
         opening = NewSession(

@@ -23,6 +23,7 @@ from serve_app.api.validation import read
 from serve_app.domain.catalog import Capability
 from serve_app.domain.errors import InvalidInput
 from serve_app.domain.generation import GenerationRequest, JsonFormat, Options, Priority
+from serve_app.domain.prompt_length import least_tokens
 from serve_app.domain.routing import Ask
 from serve_app.telemetry.tracing import Trail
 
@@ -136,7 +137,14 @@ class Order:
 
     def ask(self, request: GenerationRequest) -> Ask:
         """What the router is asked for one of the requests."""
-        return Ask(request.request_id, self.model, self.needs, priority=request.priority, caller=request.caller)
+        return Ask(
+            request.request_id,
+            self.model,
+            self.needs,
+            priority=request.priority,
+            caller=request.caller,
+            least_tokens=least_tokens(request),
+        )
 
 
 def _empty(value: Any) -> bool:

@@ -20,6 +20,7 @@ from serve_app.config import (
     read_models,
     read_serve_file,
 )
+from serve_app.config.consistency import contradictions
 from serve_app.config.redaction import MASK
 from serve_app.config.report import invalid
 from serve_app.config.table import plain
@@ -58,7 +59,7 @@ def check(
     warnings = list(loaded.warnings) if loaded else []
     if served and loaded:
         warnings += _collect(problems, lambda: check_exposure(served.host, loaded.settings)) or ()
-        problems += _ambiguous(served, loaded)
+        problems += contradictions(served, loaded)
     if as_json:
         print_json({"ok": not problems, "problems": problems, "warnings": warnings})
         raise typer.Exit(BAD_INPUT if problems else 0)
@@ -81,15 +82,6 @@ def _collect(problems: list[str], step: Callable[[], Result]) -> Result | None:
     except InvalidConfig as error:
         problems.extend(error.details.get("problems", [error.message]))
         return None
-
-
-def _ambiguous(served: ServeFile, loaded: Loaded) -> list[str]:
-    taken = {alias: model.model for model in served.models for alias in model.aliases}
-    return [
-        f"The alias {alias} means {target} in the platform file and {taken[alias]} in the serve configuration."
-        for alias, target in loaded.platform.aliases.items()
-        if alias in taken and taken[alias] != target
-    ]
 
 
 def _extent(served: ServeFile | None, file: Path | None) -> str:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypedDict
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -188,7 +189,7 @@ class RemoteArgs(Args):
     @field_validator("base_url")
     @classmethod
     def _an_address(cls, value: str | None) -> str | None:
-        if value is not None and not re.match(r"^https?://[^\s/?#]+", value):
+        if value is not None and not _is_address(value):
             raise ValueError("it must be an http:// or https:// address")
         return value.rstrip("/") if value else value
 
@@ -204,6 +205,19 @@ class RemoteArgs(Args):
         if self.api_key_env and self.api_key_file:
             raise ValueError("give api_key_env or api_key_file, not both")
         return self
+
+
+def _is_address(value: str) -> bool:
+    try:
+        parts = urlsplit(value)
+        return (
+            parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and parts.port != 0
+            and not re.search(r"\s", value)
+        )
+    except ValueError:  # the port is no number, or too large a one
+        return False
 
 
 def provider_name(value: str) -> str:

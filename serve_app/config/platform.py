@@ -59,8 +59,8 @@ class Platform(Args):
     """How long a discovered model keeps its Serve application when it is not in memory."""
     providers: tuple[ProviderArgs, ...] = ()
     """Remote providers."""
-    aliases: dict[str, str] = Field(default_factory=dict)
-    """Other names of models: alias to id or ``provider/id``."""
+    aliases: dict[str, str | tuple[str, ...]] = Field(default_factory=dict)
+    """Other names of models: alias to id or ``provider/id``, or to several of which the best placed one answers."""
     fallbacks: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Which models answer, in this order, when one cannot."""
     settings: dict[str, OptionValue] = Field(default_factory=dict)
@@ -74,10 +74,14 @@ class Platform(Args):
 
     @field_validator("aliases")
     @classmethod
-    def _one_step(cls, value: dict[str, str]) -> dict[str, str]:
+    def _one_step(cls, value: dict[str, str | tuple[str, ...]]) -> dict[str, str | tuple[str, ...]]:
         for alias, target in value.items():
-            if target in value:
-                raise ValueError(f"the alias {alias} points to another alias ({target})")
+            targets = (target,) if isinstance(target, str) else target
+            for each in targets:
+                if each in value:
+                    raise ValueError(f"the alias {alias} points to another alias ({each})")
+            if not targets or len(set(targets)) < len(targets):
+                raise ValueError(f"the alias {alias} must name models, each once")
         return value
 
     @field_validator("fallbacks")

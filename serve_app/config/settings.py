@@ -74,14 +74,41 @@ class Settings(BaseModel):
     hf_model_timeout_ms: int = setting(
         MODELS,
         300_000,
-        "Longest time for one whole generation.",
+        "Longest time for one whole reply, local or remote, from when its model was granted.",
         unit="ms",
         wrong="5 minutes",
         low=100,
         high=DAY_MS,
     )
     hf_load_timeout_ms: int = setting(
-        MODELS, 120_000, "Longest time for one load of a model.", unit="ms", wrong="0", low=100, high=DAY_MS
+        MODELS,
+        120_000,
+        "Longest time for one load of a model, and until a remote server begins its answer.",
+        unit="ms",
+        wrong="0",
+        low=100,
+        high=DAY_MS,
+    )
+    connect_timeout_ms: int = setting(
+        MODELS,
+        5_000,
+        "Longest time to connect to the server of a remote provider.",
+        unit="ms",
+        wrong="0",
+        low=1,
+        high=600_000,
+    )
+    first_token_timeout_ms: int = setting(
+        MODELS,
+        60_000,
+        "Longest time from when a loaded model takes a request to its first token.",
+        unit="ms",
+        wrong="soon",
+        low=1,
+        high=DAY_MS,
+    )
+    idle_timeout_ms: int = setting(
+        MODELS, 60_000, "Longest silence between two tokens of a reply.", unit="ms", wrong="0", low=1, high=DAY_MS
     )
     hf_stream_chunk_size: int = setting(
         MODELS,

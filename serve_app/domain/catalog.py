@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -128,42 +128,70 @@ class Catalogue:
 
     Args:
         entries: the models of every provider.
-        aliases: other names, each for an id or a ``provider/id``.
+        aliases: other names, each for an id or a ``provider/id``, or for several of which any may answer.
     """
 
-    def __init__(self, entries: Iterable[Entry] = (), aliases: Mapping[str, str] | None = None) -> None:
+    def __init__(self, entries: Iterable[Entry] = (), aliases: Mapping[str, str | Sequence[str]] | None = None) -> None:
         self.entries: tuple[Entry, ...] = tuple(sorted(entries, key=lambda entry: (entry.id, entry.provider)))
-        self.aliases = dict(aliases or {})
+        self.aliases = {
+            alias: (target,) if isinstance(target, str) else tuple(target) for alias, target in (aliases or {}).items()
+        }
         self._by_id: dict[str, list[Entry]] = {}
         self._by_full_name = {entry.full_name: entry for entry in self.entries}
         for entry in self.entries:
             self._by_id.setdefault(entry.id, []).append(entry)
-        for alias, target in self.aliases.items():
-            if target in self.aliases:
-                raise InvalidConfig(f"The alias {alias!r} points to another alias ({target!r}).")
+        for alias, targets in self.aliases.items():
+            for target in targets:
+                if target in self.aliases:
+                    raise InvalidConfig(f"The alias {alias!r} points to another alias ({target!r}).")
 
     def __repr__(self) -> str:
         return f"Catalogue({', '.join(entry.full_name for entry in self.entries)})"
 
     def resolve(self, name: str) -> Entry:
-        """The one entry that ``name`` means: an alias, an id, or ``provider/id``, in that order.
+        """The one entry that ``name`` means: an alias, ``provider/id``, or an id, in that order.
 
         Raises:
             ModelNotFound: nothing has the name; the message holds the nearest ones.
-            ModelAmbiguous: several providers have it; ``details["candidates"]`` lists the full names.
+            ModelAmbiguous: several models have it; ``details["candidates"]`` lists the full names.
         """
-        target = self.aliases.get(name, name)
-        matches = {entry.full_name: entry for entry in self._by_id.get(target, ())}
-        if target in self._by_full_name:
-            matches[target] = self._by_full_name[target]
+        found = self.resolve_all(name)
+        if len(found) > 1:
+            raise self._ambiguous(name, found)
+        return found[0]
+
+    def resolve_all(self, name: str) -> tuple[Entry, ...]:
+        """The entries of which any may answer to ``name``: one, or those of an alias for several that are there.
+
+        Raises:
+            ModelNotFound, ModelAmbiguous: as :meth:`resolve` does, for a name that is no alias for several.
+        """
+        targets = self.aliases.get(name, (name,))
+        if len(targets) == 1:
+            return (self._one(targets[0], name),)
+        found: dict[str, Entry] = {}
+        missing: ModelNotFound | None = None
+        for target in targets:
+            try:
+                entry = self._one(target, target)
+            except ModelNotFound as error:
+                missing = missing or error
+                continue
+            found[entry.full_name] = entry
+        if missing is not None and not found:
+            raise missing
+        return tuple(found.values())
+
+    def _one(self, target: str, name: str) -> Entry:
+        exact = self._by_full_name.get(target)
+        if exact is not None:
+            return exact
+        matches = self._by_id.get(target, [])
         if len(matches) > 1:
-            raise ModelAmbiguous(
-                f"Several models are called {name!r}: {', '.join(sorted(matches))}. Ask for one by its full name.",
-                details={"candidates": sorted(matches)},
-            )
+            raise self._ambiguous(name, matches)
         if not matches:
             raise self._not_found(name)
-        return next(iter(matches.values()))
+        return matches[0]
 
     def name_of(self, entry: Entry) -> str:
         """The shortest name that means this entry and no other."""
@@ -172,6 +200,13 @@ class Catalogue:
 
     def names(self) -> list[str]:
         return [self.name_of(entry) for entry in self.entries]
+
+    def _ambiguous(self, name: str, matches: Iterable[Entry]) -> ModelAmbiguous:
+        names = sorted(entry.full_name for entry in matches)
+        return ModelAmbiguous(
+            f"Several models are called {name!r}: {', '.join(names)}. Ask for one by its full name.",
+            details={"candidates": names},
+        )
 
     def _not_found(self, name: str) -> ModelNotFound:
         known = [*self.names(), *self.aliases]

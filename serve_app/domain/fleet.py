@@ -209,6 +209,14 @@ class Fleet:
                     return state, report.reason
         return (ModelState.LOADING if entry.unit in self.starting else ModelState.COLD), None
 
+    def expected_s(self, entry: Entry, now: float) -> float:
+        """See :meth:`serve_app.domain.routing.FleetState.expected_s`."""
+        reports = self.of(entry.unit, now)
+        outstanding = sum(report.running + report.waiting for report in reports)
+        finished = sum(report.requests for report in reports) - outstanding
+        busy_s = sum(report.busy_seconds for report in reports)
+        return busy_s / finished * (1 + outstanding / len(reports)) if finished > 0 else 0.0
+
     def at(self, now: float) -> Moment:
         """The fleet as it stands at ``now``, as routing wants it."""
         return Moment(self, now)
@@ -241,6 +249,9 @@ class Moment:
 
     def state_of(self, entry: Entry) -> tuple[ModelState, str | None]:
         return self.fleet.state_of(entry, self.now)
+
+    def expected_s(self, entry: Entry) -> float:
+        return self.fleet.expected_s(entry, self.now)
 
     def failure_of(self, entry: Entry) -> dict[str, Any] | None:
         return self.fleet.failure_of(entry)

@@ -15,7 +15,7 @@ from typing import Any
 from serve_app.domain.admissions import Admissions
 from serve_app.domain.catalog import ModelState
 from serve_app.domain.departures import Departures
-from serve_app.domain.errors import ModelNotFound
+from serve_app.domain.errors import ModelNotFound, ModelTooLarge
 from serve_app.domain.eviction import COST_AWARE, Policy, victims_for
 from serve_app.domain.loads import Loads
 from serve_app.domain.placement import NOTHING, Resources
@@ -138,7 +138,10 @@ class Rotation:
             return ModelState.RETIRING, resident.retirement.reason
         if model in state.line.groups:
             return ModelState.QUEUED, self._admissions.why(model)
-        return (ModelState.COLD if row.model.resides else ModelState.READY), None
+        if not row.model.resides:
+            return ModelState.READY, None
+        error = obstacle(state, model)
+        return ModelState.COLD, error.message if isinstance(error, ModelTooLarge) else None
 
     def next_try(self, model: str) -> float | None:
         """When a failed load will be tried again; None = not by itself, or it has not failed."""

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from serve_app.domain.catalog import RESIDENT, Capability, Catalogue, Entry, ModelState
 from serve_app.domain.errors import (
     CapabilityMissing,
+    ContextLengthExceeded,
     InvalidInput,
     ModelError,
     ProviderUnavailable,
@@ -22,9 +23,10 @@ from serve_app.domain.generation import Priority
 class Ask:
     """What the gateway wants to know: may this request run, and where?
 
-    ``model`` None means the default. ``needs`` are capabilities that the request cannot do without. ``holder`` is the
-    gateway that asks, and will hold the lease; ``waited_s`` is how long the request has waited already. ``alone``: no
-    other model will do, not even one that is configured as a fallback.
+    ``model`` None means the default. ``needs`` are capabilities that the request cannot do without, ``least_tokens``
+    so many tokens its prompt has at least. ``holder`` is the gateway that asks, and will hold the lease; ``waited_s``
+    is how long the request has waited already. ``alone``: no other model will do, not even one that is configured as a
+    fallback.
     """
 
     ticket: str
@@ -36,6 +38,7 @@ class Ask:
     holder: str = ""
     waited_s: float = 0.0
     alone: bool = False
+    least_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +60,20 @@ class Route:
     """Candidates in the order in which they are tried; never empty.
 
     ``passed_over``: models that were asked for before the first candidate and cannot answer, each with the reason.
+    ``momentary``: another request for the same, or the same one a moment later, may be routed in another way.
     """
 
     candidates: tuple[Candidate, ...]
     passed_over: tuple[tuple[str, str], ...] = ()
+    momentary: bool = False
 
     @property
     def first(self) -> Candidate:
         return self.candidates[0]
+
+    def takes(self, least_tokens: int) -> bool:
+        """Whether a prompt of so many tokens may fit every candidate."""
+        return all(fits(candidate.entry, least_tokens) for candidate in self.candidates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,39 +118,76 @@ class FleetState(Protocol):
 
     def failure_of(self, entry: Entry) -> Mapping[str, Any] | None: ...
 
+    def expected_s(self, entry: Entry) -> float:
+        """How long a reply may take there by what was measured: a mean reply for each request that a replica has, and
+        for this one. 0 where nothing was measured yet, so that it is."""
+        ...
+
 
 def choose(ask: Ask, catalogue: Catalogue, fleet: FleetState, default_model: str | None = None) -> Route:
     """The route of ``ask``: its model, then its fallbacks, each checked before anything is called.
 
+    What was asked for comes first. Where that is a name for several models, those in memory go before cold ones, then
+    by how long a reply may take there (:meth:`FleetState.expected_s`). Fallbacks that are in memory go before cold
+    ones, else in their order. Which are healthy, the gateway knows (:meth:`~serve_app.domain.breaker.Breakers.order`).
+
     Raises:
         ModelNotFound, ModelAmbiguous: the name means nothing, or too much.
         CapabilityMissing: the model cannot do what the request needs.
+        ContextLengthExceeded: the prompt is surely too long for the model.
         ModelLoadFailed, ModelUnsafe, …: the model cannot be used, with its reason.
         InvalidInput: no model was named and there is no default.
     """
     names = [ask.model or default_chat_model(catalogue, default_model), *ask.fallbacks]
-    candidates: list[Candidate] = []
-    passed_over: list[tuple[str, str]] = []
-    refusal: RotundaError | None = None
-    for rank, name in enumerate(names):
+    readings = [_read(name, rank, ask, catalogue, fleet) for rank, name in enumerate(names)]
+    if not readings[0].found and not isinstance(readings[0].refusal, ModelError | ProviderUnavailable):
+        raise readings[0].refused[0][1]
+    found = [one for reading in readings[1:] for one in reading.found]
+    ordered = [*readings[0].found, *sorted(found, key=lambda candidate: not candidate.resident)]
+    if not ordered:
+        raise readings[0].refused[0][1]
+    candidates = tuple({candidate.entry.full_name: candidate for candidate in ordered}.values())
+    first = next(rank for rank, reading in enumerate(readings) if ordered[0] in reading.found)
+    passed_over = [(name, error.message) for reading in readings[:first] for name, error in reading.refused]
+    return Route(candidates, tuple(passed_over), any(reading.momentary for reading in readings))
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What one name of a request means: who may answer to it, best first, and who cannot."""
+
+    found: list[Candidate]
+    refused: list[tuple[str, RotundaError]]
+    momentary: bool = False
+
+    @property
+    def refusal(self) -> RotundaError | None:
+        return self.refused[0][1] if self.refused else None
+
+
+def _read(name: str, rank: int, ask: Ask, catalogue: Catalogue, fleet: FleetState) -> _Reading:
+    try:
+        entries = catalogue.resolve_all(name)
+    except RotundaError as error:
+        return _Reading([], [(name, error)])
+    found, refused = [], []
+    for entry in entries:
+        label = name if len(entries) == 1 else catalogue.name_of(entry)
         try:
-            candidates.append(_candidate(name, rank, ask, catalogue, fleet))
+            found.append(_candidate(entry, rank, ask, catalogue, fleet))
         except RotundaError as error:
-            refusal = refusal or error
-            if rank == 0 and not isinstance(error, ModelError | ProviderUnavailable):
-                raise
-            if not candidates:
-                passed_over.append((name, error.message))
-    if not candidates:
-        assert refusal is not None
-        raise refusal
-    return Route(tuple(candidates), tuple(passed_over))
+            refused.append((label, error))
+    if len(entries) > 1:
+        found.sort(key=lambda candidate: (not candidate.resident, fleet.expected_s(candidate.entry)))
+    too_long = any(isinstance(error, ContextLengthExceeded) for _, error in refused)
+    return _Reading(found, refused, len(entries) > 1 or too_long)
 
 
-def _candidate(name: str, rank: int, ask: Ask, catalogue: Catalogue, fleet: FleetState) -> Candidate:
-    entry = catalogue.resolve(name)
+def _candidate(entry: Entry, rank: int, ask: Ask, catalogue: Catalogue, fleet: FleetState) -> Candidate:
     _check_usable(entry)
     _check_capabilities(entry, ask.needs, catalogue)
+    if not fits(entry, ask.least_tokens):
+        raise _too_long(entry, ask.least_tokens)
     failure = fleet.failure_of(entry)
     if failure is not None:
         raise error_from_dict({**failure, "provider": entry.provider})
@@ -150,6 +196,22 @@ def _candidate(name: str, rank: int, ask: Ask, catalogue: Catalogue, fleet: Flee
         raise ProviderUnavailable(f"{entry.id} is unavailable: {reason}", entry.provider)
     why = "the model that was asked for" if rank == 0 else f"fallback {rank}"
     return Candidate(entry, catalogue.name_of(entry), state, f"{why}, {state.value}")
+
+
+def fits(entry: Entry, least_tokens: int) -> bool:
+    """Whether a prompt of so many tokens may leave room for one token of a reply, as far as one knows."""
+    context = entry.info.context_length if entry.info else None
+    return not context or least_tokens < context
+
+
+def _too_long(entry: Entry, least_tokens: int) -> ContextLengthExceeded:
+    context = entry.info.context_length if entry.info else None
+    return ContextLengthExceeded(
+        f"The prompt has at least {least_tokens} tokens; {entry.id} reads {context} with its reply. Shorten it, or ask "
+        "a model with a longer context.",
+        provider=entry.provider,
+        details={"leastTokens": least_tokens, "contextLength": context},
+    )
 
 
 def _check_usable(entry: Entry) -> None:

@@ -160,7 +160,7 @@ def _number(section: Mapping[str, Any], *names: str) -> int | None:
 
 def gpu_bytes() -> int | None:
     """Memory that this process holds on its GPUs, freed blocks that torch keeps included; None when it uses none."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)  # a load may be in the midst of importing it
+    if cuda is None or not getattr(cuda, "is_initialized", bool)():
         return None
-    return sum(int(torch.cuda.memory_reserved(device)) for device in range(torch.cuda.device_count()))
+    return sum(int(cuda.memory_reserved(device)) for device in range(cuda.device_count()))

@@ -36,7 +36,7 @@ from serve_app.domain.tools import ToolCallPart
 from serve_app.providers.answers import logprobs_of, number, objects, text_of
 from serve_app.providers.begun import by_text, spent_whole
 from serve_app.providers.refusals import sentence
-from serve_app.providers.wire import Times, Wire
+from serve_app.providers.wire import Wire, times_of
 
 DESCRIBED_AT_ONCE = 4
 
@@ -70,7 +70,7 @@ def create(args: UpstreamArgs, settings: Settings) -> Ollama:
     if url is None:
         raise InvalidConfig(f"{args.provider} has no address: give it a base_url, or set OLLAMA_HOST.", args.provider)
     key = read_secret(args.api_key_env, args.api_key_file, home=settings.rotunda_home)
-    times = Times(first_token_s=settings.rotation_timeout_ms / 1000)
+    times = times_of(settings)
     return Ollama(Wire(args.provider, url, key.get_secret_value() if key else None, times), args.continue_replies)
 
 

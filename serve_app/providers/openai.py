@@ -37,7 +37,7 @@ from serve_app.providers.begun import by_text, spent_whole
 from serve_app.providers.probing import Probes, Way
 from serve_app.providers.refusals import sentence
 from serve_app.providers.sse import SseReader, TooLong
-from serve_app.providers.wire import MOST_LINE, Stream, Times, Wire
+from serve_app.providers.wire import MOST_LINE, Stream, Wire, times_of
 
 ASSUMED = frozenset({Capability.CHAT, Capability.COMPLETION, Capability.VISION, Capability.TOOLS})
 """What a model is taken for whose server does not say: nothing is refused here that the server might allow."""
@@ -65,7 +65,7 @@ def create(args: UpstreamArgs, settings: Settings) -> OpenAI:
         url = settings.openai_base_url.get_secret_value()
         # The key of the settings belongs to their address; it is never sent to another one.
         key = key or settings.openai_api_key
-    times = Times(first_token_s=settings.rotation_timeout_ms / 1000)
+    times = times_of(settings)
     return OpenAI(Wire(args.provider, url, key.get_secret_value() if key else None, times), args.continue_replies)
 
 

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from serve_app.config import Settings
 from serve_app.domain.errors import DeadlineExceeded, InvalidConfig, Phase, ProviderError, ProviderUnavailable
 from serve_app.providers.refusals import code_of, refusal, words_of
 
@@ -35,6 +36,15 @@ class Times:
     first_token_s: float = 120.0
     idle_s: float = 60.0
     answer_s: float = 10.0
+
+
+def times_of(settings: Settings) -> Times:
+    """What the settings allow; a server that is asked for a model which it must load first begins late."""
+    return Times(
+        connect_s=settings.connect_timeout_ms / 1000,
+        first_token_s=settings.hf_load_timeout_ms / 1000,
+        idle_s=settings.idle_timeout_ms / 1000,
+    )
 
 
 class Wire:

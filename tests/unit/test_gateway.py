@@ -9,7 +9,7 @@ import pytest
 
 from serve_app.domain.backoff import Backoff
 from serve_app.domain.breaker import Breakers, Rules
-from serve_app.domain.catalog import Entry, ModelState
+from serve_app.domain.catalog import Entry, ModelInfo, ModelState
 from serve_app.domain.errors import (
     CapabilityMissing,
     DeadlineExceeded,
@@ -172,6 +172,28 @@ async def test_a_live_lease_spares_the_call_and_an_expired_one_does_not() -> Non
     assert router.asked == 1
     now[0] += 2.1
     await steps(gateway)
+    assert router.asked == 2
+
+
+async def test_what_was_granted_for_a_short_prompt_is_not_taken_for_a_long_one() -> None:
+    given = granted("a")
+    entry = replace(given.route.first.entry, info=ModelInfo("a", "", context_length=10))
+    short = replace(given, route=Route((replace(given.route.first, entry=entry),)))
+    router = ScriptedRouter(short)
+    gateway = Gateway(router, ScriptedBackend(answer, answer))
+    await gateway.admit(replace(ASK, least_tokens=9))
+    await gateway.admit(replace(ASK, least_tokens=9))
+    assert router.asked == 1
+    await gateway.admit(replace(ASK, least_tokens=10))
+    assert router.asked == 2
+
+
+async def test_what_holds_for_the_moment_is_asked_anew_each_time() -> None:
+    given = granted("a")
+    router = ScriptedRouter(replace(given, route=replace(given.route, momentary=True)))
+    gateway = Gateway(router, ScriptedBackend())
+    await gateway.admit(ASK)
+    await gateway.admit(ASK)
     assert router.asked == 2
 
 

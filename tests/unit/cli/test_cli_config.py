@@ -87,6 +87,16 @@ def test_an_alias_means_one_model(home: Path) -> None:
     assert "The alias small means org/y in the platform file and org/x" in run("config", "check").stderr
 
 
+def test_a_model_that_can_never_fit_is_a_fault(home: Path) -> None:
+    serve_file(home, cpus="4, memory_bytes: 2GB")
+    (home / "configs").mkdir()
+    (home / "configs/platform.yaml").write_text("capacity: {memory_bytes: 1GB, cpus: 4}")
+    result = run("config", "check")
+    assert result.exit_code == 2
+    assert "org/x can never be loaded: its memory_bytes is 2e+09, and the platform file caps" in result.stderr
+    assert "num_cpus" not in result.stderr
+
+
 def test_a_named_serve_file_must_exist() -> None:
     result = run("config", "check", "--serve-config", "nowhere.yaml")
     assert result.exit_code == 2

@@ -29,10 +29,21 @@ def test_one_id_at_two_providers_is_ambiguous_and_both_are_named() -> None:
     assert catalogue.names() == ["huggingface/org/a", "ollama/org/a"]
 
 
-def test_a_full_name_that_is_also_an_id_is_ambiguous() -> None:
+def test_a_full_name_means_its_model_though_another_one_has_it_for_an_id() -> None:
     catalogue = Catalogue([entry("ollama/a"), entry("a", "ollama")])
+    assert catalogue.resolve("ollama/a").provider == "ollama"
+    assert catalogue.resolve("huggingface/ollama/a").id == "ollama/a"
+
+
+def test_an_alias_for_several_means_those_that_are_there() -> None:
+    catalogue = Catalogue([entry("a"), entry("a", "up"), entry("b", "up")], {"any": ("huggingface/a", "up/a", "gone")})
+    assert [found.full_name for found in catalogue.resolve_all("any")] == ["huggingface/a", "up/a"]
     with pytest.raises(ModelAmbiguous):
-        catalogue.resolve("ollama/a")
+        catalogue.resolve("any")
+    with pytest.raises(ModelNotFound, match="gone"):
+        Catalogue([entry("b")], {"any": ("gone", "lost")}).resolve_all("any")
+    with pytest.raises(InvalidConfig):
+        Catalogue([entry("a")], {"x": ("a", "y"), "y": "a"})
 
 
 def test_an_unknown_name_suggests_the_nearest() -> None:

@@ -79,6 +79,7 @@ def test_a_model_that_no_node_can_hold_is_refused_with_the_numbers() -> None:
     assert isinstance(refusal, Refuse) and refusal.code == "MODEL_TOO_LARGE" and not refusal.error["retryable"]
     assert refusal.reason == "A needs 3 GiB; the largest place for it has 2 GiB. It never fits here."
     assert refusal.error["details"]["demand"]["memoryBytes"] == 3 * GIB
+    assert world.rotation.state_of("A") == (ModelState.COLD, refusal.reason)  # known before anybody asks
 
 
 def test_before_any_node_is_known_requests_wait() -> None:

@@ -3,8 +3,17 @@ from typing import Any
 import pytest
 
 from serve_app.domain.catalog import Capability, Catalogue, Entry, ModelInfo, ModelState, application_name
-from serve_app.domain.errors import CapabilityMissing, InvalidInput, ModelLoadFailed, ModelNotFound, ModelUnsafe
+from serve_app.domain.errors import (
+    CapabilityMissing,
+    ContextLengthExceeded,
+    InvalidInput,
+    ModelLoadFailed,
+    ModelNotFound,
+    ModelUnsafe,
+)
 from serve_app.domain.fleet import REPORT_TTL_S, Fleet, Report
+from serve_app.domain.generation import GenerationRequest, Message, Role
+from serve_app.domain.prompt_length import LONGEST_TOKEN, least_tokens
 from serve_app.domain.routing import Ask, choose
 
 CHAT = frozenset({Capability.CHAT})
@@ -29,6 +38,60 @@ def test_the_model_that_was_asked_for_comes_first_then_the_fallbacks_in_their_or
         "fallback 1, cold",
         "fallback 2, cold",
     ]
+
+
+def test_fallbacks_in_memory_go_before_cold_ones_but_never_before_what_was_asked_for() -> None:
+    fleet = Fleet()
+    fleet.hear(report("c"), 0)
+    fleet.hear(report("d"), 0)
+    catalogue = Catalogue([entry(name) for name in "abcd"])
+    route = choose(Ask("t", "a", fallbacks=("b", "d", "c")), catalogue, fleet.at(0))
+    assert [candidate.name for candidate in route.candidates] == ["a", "d", "c", "b"]
+    assert route.candidates[1].reason == "fallback 2, ready"
+
+
+def test_of_several_models_under_one_name_the_one_in_memory_answers_then_the_one_that_answers_soonest() -> None:
+    fleet = Fleet()
+    # A mean reply of 2 s and nobody there; one of 1 s, and three before this one; one that was never asked; a cold one.
+    fleet.hear(report("slow", requests=5, busy_seconds=10.0), 0)
+    fleet.hear(report("busy", ModelState.BUSY, requests=8, running=2, waiting=1, busy_seconds=5.0), 0)
+    fleet.hear(report("new"), 0)
+    catalogue = Catalogue(
+        [entry(name) for name in ("slow", "busy", "new", "cold")], {"any": ("cold", "slow", "busy", "new")}
+    )
+    route = choose(Ask("t", "any", fallbacks=("slow",)), catalogue, fleet.at(0))
+    assert [candidate.name for candidate in route.candidates] == ["new", "slow", "busy", "cold"]
+    assert route.momentary and not route.passed_over
+    assert (fleet.expected_s(entry("slow"), 0), fleet.expected_s(entry("busy"), 0)) == (2.0, 4.0)
+
+
+def test_one_of_several_that_cannot_do_it_is_left_out_and_all_of_them_is_an_error() -> None:
+    catalogue = Catalogue([entry("text"), entry("eyes", VISION)], {"any": ("text", "eyes")})
+    assert [one.name for one in choose(Ask("t", "any", VISION), catalogue, Fleet().at(0)).candidates] == ["eyes"]
+    with pytest.raises(CapabilityMissing):
+        choose(Ask("t", "any", frozenset({Capability.TOOLS})), catalogue, Fleet().at(0))
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_anything_is_called_and_skips_such_fallbacks() -> None:
+    catalogue = Catalogue([entry("short", context_length=8), entry("long", context_length=80), entry("unknown")])
+    with pytest.raises(ContextLengthExceeded) as caught:
+        choose(Ask("t", "short", least_tokens=8), catalogue, Fleet().at(0))
+    assert caught.value.details == {"leastTokens": 8, "contextLength": 8}
+    ask = Ask("t", "long", fallbacks=("short", "unknown"), least_tokens=8)
+    route = choose(ask, catalogue, Fleet().at(0))
+    assert ([candidate.name for candidate in route.candidates], route.momentary) == (["long", "unknown"], True)
+    assert route.takes(79) and not route.takes(80)
+    whole = choose(Ask("t", "long", fallbacks=("short", "unknown"), least_tokens=7), catalogue, Fleet().at(0))
+    assert (len(whole.candidates), whole.momentary) == (3, False)
+
+
+def test_a_prompt_has_a_token_for_each_word_at_least_and_counts_only_what_must_stay() -> None:
+    said = [(Role.SYSTEM, "be brief"), (Role.USER, "one two three"), (Role.ASSISTANT, "four"), (Role.USER, "a  b\nc")]
+    messages = tuple(Message.of(role, text) for role, text in said)
+    assert least_tokens(GenerationRequest("r", "m", messages, context_policy="error")) == 9
+    assert least_tokens(GenerationRequest("r", "m", messages, context_policy="truncate")) == 5
+    long = GenerationRequest("r", "m", (Message.of(Role.USER, "x" * (2 * LONGEST_TOKEN + 1)),))
+    assert least_tokens(long) == 3
 
 
 def test_without_a_name_the_default_answers_or_the_only_chat_model() -> None:

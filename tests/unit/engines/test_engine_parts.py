@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import io
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -195,3 +197,13 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(monkeypatch: pytest
 def test_an_unknown_engine_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InvalidConfig, match=r"auto, .*scripted, transformers"):
         create("vllm", ModelInfo("m", ""), EngineOptions())
+
+
+@pytest.mark.parametrize("names", [(), ("torch",)])
+def test_memory_of_gpus_may_be_asked_for_before_torch_is_there_whole(
+    monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
+) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    assert memory.gpu_bytes() is None
