@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import replace
@@ -19,17 +18,17 @@ from typing import Any
 from serve_app.author import Author
 from serve_app.domain.conversation import (
     SessionStatus,
-    StoredMessage,
     StreamSession,
     TerminationReason,
 )
 from serve_app.domain.errors import MalformedRequest, NotFound, QueueFull, RotundaError
 from serve_app.domain.events import Failed, Numbered
-from serve_app.domain.generation import GenerationRequest, Image, Message, Role
+from serve_app.domain.generation import GenerationRequest
 from serve_app.domain.prompt_length import least_tokens
 from serve_app.domain.stream_log import Transcript
 from serve_app.domain.wanted import Wanted
 from serve_app.gateway import Gateway
+from serve_app.history import History
 from serve_app.logbook import Contact, Logbook
 from serve_app.replies import ImageUrls, LiveReply, NewReply, SessionLimits
 from serve_app.store.images import ImageFiles
@@ -71,7 +70,7 @@ class Sessions:
     ) -> None:
         self._store = store
         self._gateway = gateway
-        self._files = files
+        self._history = History(store, files, limits.max_history)
         self._limits = limits
         self._owner = owner
         self._tracing = tracing or Tracing.off()
@@ -105,7 +104,7 @@ class Sessions:
         self._check_room()
         wanted = new.wanted()
         with new.trace.phase("store.read"):
-            request = await self._request(new, wanted)
+            request = await self._history.request(new, wanted)
         ask = replace(wanted.ask(request.request_id), least_tokens=least_tokens(request))
         admission = await self._gateway.admit(ask, new.trace)
         first = admission.route.first
@@ -294,7 +293,7 @@ class Sessions:
         )
 
         async def again() -> GenerationRequest:
-            return await self._request_again(reply, told)
+            return await self._history.again(reply, told)
 
         age_s = (utc_now() - session.started_at).total_seconds()
         self._take(reply, self._author.write(reply, again, None, self._limits.session_timeout_s - age_s))
@@ -344,45 +343,6 @@ class Sessions:
                     pass
             except RotundaError as error:
                 logger.warning("the logs of ended streams stay for now: %s", error)
-
-    async def _request(self, new: NewReply, wanted: Wanted) -> GenerationRequest:
-        """The model's view of the conversation: system prompt, history with its images, the new message."""
-        history = await self._store.last_messages(new.conversation.id, self._limits.max_history)
-        question = Message.of(Role.USER, new.text, tuple(upload.image for upload in new.uploads))
-        return await self._composed(secrets.token_hex(16), history, question, wanted)
-
-    async def _request_again(self, reply: LiveReply, told: Transcript) -> GenerationRequest:
-        """The same view again, and what has come of it."""
-        question = reply.user_message
-        before = reply.conversation.id, self._limits.max_history
-        history = await self._store.list_messages(before[0], before=question.id, limit=before[1])
-        request = await self._composed(secrets.token_hex(16), history, await self._recall(question), reply.wanted)
-        return replace(request, continuation=told.continuation)
-
-    async def _composed(
-        self, id: str, history: list[StoredMessage], question: Message, wanted: Wanted
-    ) -> GenerationRequest:
-        messages = [Message.of(Role.SYSTEM, wanted.system)] if wanted.system else []
-        messages += [await self._recall(stored) for stored in history if stored.text or stored.images]
-        return GenerationRequest(
-            request_id=id,
-            model=wanted.model or "",
-            messages=(*messages, question),
-            options=wanted.options,
-            priority=wanted.priority,
-            caller=wanted.caller,
-            context_policy=wanted.context_policy,
-            trace=wanted.trace,
-            draw_seed=wanted.draw_seed,
-        )
-
-    async def _recall(self, stored: StoredMessage) -> Message:
-        role = Role.USER if stored.sender == "user" else Role.ASSISTANT
-        images = []
-        for row in stored.images:
-            data = await self._files.read(row.file_path)
-            images.append(Image(row.mime_type, data))
-        return Message.of(role, stored.text, tuple(images))
 
 
 def _unreadable(session: StreamSession, error: RotundaError) -> Failed:

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from PIL import Image as Pillow
 
+from serve_app.history import GONE
 from serve_app.store.archive import ImageArchive
 from serve_app.store.records import utc_now
 from tests.contract.conftest import MakePlatform
@@ -89,6 +90,23 @@ async def test_the_next_message_still_shows_it(platform: LocalPlatform, api: htt
     body = {"message": "and now? [[tokens=1]]", "conversationId": seen[0].data["conversationId"]}
     assert parse((await api.post(STREAM, json=body)).text)[-1].name == "end"
     assert len(platform.backend.requests[-1].messages[0].images) == 1
+
+
+async def test_a_conversation_outlives_the_file_of_its_image(platform: LocalPlatform, api: httpx.AsyncClient) -> None:
+    seen = await accepted(
+        api, ("gone.png", encoded("PNG", (4, 4)), "image/png"), ("kept.png", encoded("PNG"), "image/png")
+    )
+    (first, kept) = seen[1].data["images"]
+    row = await platform.services.store.get_image(first["id"])
+    platform.services.files.path(row.file_path).unlink()
+    body = {"message": "what was it? [[tokens=1]]", "conversationId": seen[0].data["conversationId"]}
+    response = await api.post(STREAM, json=body)
+    assert (response.status_code, parse(response.text)[-1].name) == (200, "end"), response.text
+    before = platform.backend.requests[-1].messages[-3]
+    assert len(before.images) == 1
+    assert before.text == f"look [[tokens=1]]\n{GONE}"
+    assert (await api.get(first["url"])).status_code == 404
+    assert (await api.get(kept["url"])).status_code == 200
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
