@@ -167,16 +167,9 @@ class Author:
                 reply.moved = True
                 reply.stream.close()
                 return
-            if row is not None and row.message_id is not None:
-                await self._read_message(reply, row.message_id)
+        reply.message_id = row.message_id if row else None
         reply.failure = failure
         reply.stream.append(terminal)
-
-    async def _read_message(self, reply: LiveReply, id: str) -> None:
-        try:
-            reply.message = await self._store.get_message(id)
-        except RotundaError as error:
-            logger.warning("message %s, just stored, could not be read: %s", id, error)
 
     async def _record(
         self, reply: LiveReply, completed: Completed | None, failure: RotundaError | None, terminal: Terminal

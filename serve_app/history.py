@@ -40,7 +40,8 @@ class History:
 
     async def request(self, new: NewReply, wanted: Wanted) -> GenerationRequest:
         """The model's view of the conversation: system prompt, history with its images, the new message."""
-        history = await self._store.last_messages(new.conversation.id, self._most)
+        past = new.conversation.message_count > 0
+        history = await self._store.last_messages(new.conversation.id, self._most) if past else []
         question = Message.of(Role.USER, new.text, tuple(upload.image for upload in new.uploads))
         return await self._composed(history, question, wanted)
 

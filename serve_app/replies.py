@@ -130,6 +130,7 @@ class LiveReply:
         self.told = told
         self.stream = LiveStream(self._readers_changed, told)
         self.failure: RotundaError | None = None
+        self.message_id: str | None = None
         self.message: StoredMessage | None = None
         self.stop_reason: TerminationReason | None = None
         self.moved = False
@@ -236,9 +237,9 @@ class LiveReply:
             self._room.clear()
             await self._room.wait()
 
-    def ended_as(self, session: StreamSession, message: StoredMessage | None) -> None:
+    def ended_as(self, session: StreamSession) -> None:
         """Take over the end that another ingress recorded."""
-        self.message, self.model, self.provider = message, session.model, session.provider
+        self.message_id, self.model, self.provider = session.message_id, session.model, session.provider
         if session.status is SessionStatus.ERROR:
             text = session.error_message or "The reply failed."
             self.failure = error_from_dict({"code": session.error_code, "message": text, "provider": session.provider})

@@ -195,13 +195,12 @@ class Sessions:
         return await self._ended_elsewhere(session_id)
 
     async def conclude(self, reply: LiveReply) -> None:
-        """Return when the reply has ended; it then tells its end even if another ingress wrote it."""
+        """Return when the reply has ended; it then has its message, and tells its end even if another wrote it."""
         await reply.done.wait()
-        if not reply.moved:
-            return
-        session = await self._store.get_session(reply.session.id)
-        message = await self._store.get_message(session.message_id) if session.message_id else None
-        reply.ended_as(session, message)
+        if reply.moved:
+            reply.ended_as(await self._store.get_session(reply.session.id))
+        if reply.message_id is not None:
+            reply.message = await self._store.get_message(reply.message_id)
 
     async def _ended_elsewhere(self, session_id: str) -> StreamSession:
         """The session as its owner, another ingress, ended it; as it is when the owner takes too long."""

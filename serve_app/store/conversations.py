@@ -6,7 +6,7 @@ from collections.abc import Collection
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, Select, delete, func, insert, or_, select, update
+from sqlalchemy import Column, ColumnElement, Select, bindparam, delete, func, insert, literal, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -20,17 +20,29 @@ from serve_app.store.tables import conversations, images, messages, password_att
 _COUNT = select(func.count()).where(messages.c.conversation_id == conversations.c.id).scalar_subquery()
 
 
+# Statements of every reply are made once, and their values given when they run: making them costs more than running.
+_CREATE = insert(conversations).returning(conversations, literal(0).label("message_count"))
+_TOUCH = update(conversations).values(updated_at=bindparam("now"))
+_TOUCH_ID = _TOUCH.where(conversations.c.id == bindparam("conversation"))
+_OF_SESSION = select(stream_sessions.c.conversation_id).where(stream_sessions.c.id == bindparam("session"))
+_TOUCH_OF_SESSION = _TOUCH.where(conversations.c.id == _OF_SESSION.scalar_subquery())
+
+
 async def touch(connection: AsyncConnection, conversation_id: str, now: datetime) -> None:
     """Mark activity at ``now``; NotFound when the conversation does not exist.
 
     Every writer below a conversation comes here first: on PostgreSQL the row's lock puts them in line, and taking it
     first everywhere keeps them from waiting for each other in a circle.
     """
-    changed = await connection.execute(
-        update(conversations).where(conversations.c.id == conversation_id).values(updated_at=now)
-    )
+    changed = await connection.execute(_TOUCH_ID, {"conversation": conversation_id, "now": now})
     if not changed.rowcount:
         raise unknown_conversation()
+
+
+async def touch_of(connection: AsyncConnection, session_id: str, now: datetime) -> bool:
+    """:func:`touch` the conversation of a session; False when there is none."""
+    changed = await connection.execute(_TOUCH_OF_SESSION, {"session": session_id, "now": now})
+    return bool(changed.rowcount)
 
 
 def behind(cursor: Cursor, at: Column[Any], id: Column[Any]) -> tuple[ColumnElement[bool], ...]:
@@ -70,10 +82,9 @@ class Conversations:
         }
         async with self._db.write() as connection:
             try:
-                await connection.execute(insert(conversations).values(row))
+                return conversation_of((await connection.execute(_CREATE, row)).one())
             except IntegrityError as error:
                 raise InvalidInput("A conversation with this id already exists.") from error
-            return await _get(connection, id)
 
     @whole
     async def get_conversation(self, id: str) -> Conversation:

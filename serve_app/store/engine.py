@@ -12,11 +12,12 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from sqlalchemy import Connection, event, make_url
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from serve_app.domain.errors import Internal, InvalidConfig, ProviderUnavailable
+from serve_app.store.sqlite import creator
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +87,10 @@ def make_engine(url: URL, *, foreign_keys: bool = True) -> AsyncEngine:
     Parameters never reach logs or errors: they hold what people write.
     """
     if sqlite_file(url) is None:
-        return create_async_engine(url, hide_parameters=True, pool_pre_ping=True)
-    engine = create_async_engine(url, hide_parameters=True, pool_size=SQLITE_CONNECTIONS, max_overflow=0)
+        return _postgres_engine(url)
+    engine = create_async_engine(
+        url, hide_parameters=True, pool_size=SQLITE_CONNECTIONS, max_overflow=0, async_creator=creator(url)
+    )
     pragmas = (
         f"busy_timeout={SQLITE_BUSY_MS}",
         "journal_mode=WAL",
@@ -114,9 +117,29 @@ def make_engine(url: URL, *, foreign_keys: bool = True) -> AsyncEngine:
     return engine
 
 
+def _postgres_engine(url: URL) -> AsyncEngine:
+    """An engine that asks the server nothing before a transaction: the driver hears when a connection is closed."""
+    engine = create_async_engine(url, hide_parameters=True)
+
+    @event.listens_for(engine.sync_engine, "checkout")
+    def look(connection: Any, record: Any, proxy: Any) -> None:
+        if connection.driver_connection.is_closed():
+            raise DisconnectionError("the server has closed the connection")
+
+    return engine
+
+
 def writer(engine: AsyncEngine) -> AsyncEngine:
     """The same engine and pool, for transactions that write."""
     return engine.execution_options(**{_WRITES: True})
+
+
+def reader(engine: AsyncEngine) -> AsyncEngine:
+    """The same engine and pool, for what only reads. PostgreSQL's statements see what is committed when each begins, in
+    a transaction or not: without one a reading is one message to the server and not three."""
+    if engine.dialect.name == "sqlite":
+        return engine
+    return engine.execution_options(isolation_level="AUTOCOMMIT")
 
 
 @contextmanager
@@ -153,7 +176,7 @@ class Database:
         self.url = url
         self._check = check
         self._engine = make_engine(url)
-        self._writer = writer(self._engine)
+        self._writer, self._reader = writer(self._engine), reader(self._engine)
         self._turn: AbstractAsyncContextManager[Any] = asyncio.Lock() if sqlite_file(url) else nullcontext()
         self._running: set[asyncio.Task[Any]] = set()
 
@@ -165,7 +188,7 @@ class Database:
         """A transaction that only reads: one snapshot of the database on SQLite."""
         with translated():
             await self._checked()
-            async with self._engine.begin() as connection:
+            async with self._reader.begin() as connection:
                 yield connection
 
     @asynccontextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Row, Select, delete, func, insert, select, update
+from sqlalchemy import Row, Select, bindparam, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -18,6 +18,11 @@ from serve_app.store.records import NewImage, message_of, new_id, utc_now
 from serve_app.store.tables import conversations, images, messages, stream_sessions
 
 _LAST_SEQ = 2**62
+_SEQ = select(func.coalesce(func.max(messages.c.seq), 0)).where(messages.c.conversation_id == bindparam("conversation"))
+_INSERT = insert(messages).values(seq=_SEQ.scalar_subquery() + 1).returning(messages)
+_BY_ID = select(messages).where(messages.c.id == bindparam("message"))
+_OF_CONVERSATION = select(messages).where(messages.c.conversation_id == bindparam("conversation"))
+_NEWEST = _OF_CONVERSATION.order_by(messages.c.seq.desc()).limit(bindparam("most"))
 
 
 async def insert_message(
@@ -34,22 +39,21 @@ async def insert_message(
 ) -> StoredMessage:
     """Add a message at the end of a conversation that this transaction has touched; InvalidInput for a taken id."""
     now = utc_now()
-    last = select(func.max(messages.c.seq)).where(messages.c.conversation_id == conversation_id)
     row = {
         "id": id or new_id(),
         "conversation_id": conversation_id,
+        "conversation": conversation_id,
         "text": text,
         "sender": sender,
         "timestamp": now,
         "created_at": now,
         "has_images": bool(images),
-        "seq": (await connection.scalar(last) or 0) + 1,
         "status": status.value,
         "model": model,
         "provider": provider,
     }
     try:
-        stored = (await connection.execute(insert(messages).values(row).returning(messages))).one()
+        stored = (await connection.execute(_INSERT, row)).one()
     except IntegrityError as error:
         raise InvalidInput("A message with this id already exists.") from error
     return message_of(stored, await insert_images(connection, conversation_id, stored.id, images, now))
@@ -95,7 +99,7 @@ class Messages:
     async def get_message(self, id: str) -> StoredMessage:
         """The message with its images; NotFound."""
         async with self._db.read() as connection:
-            rows = list(await connection.execute(select(messages).where(messages.c.id == id)))
+            rows = list(await connection.execute(_BY_ID, {"message": id}))
             if not rows:
                 raise _unknown_message()
             return (await _with_images(connection, rows))[0]
@@ -148,9 +152,8 @@ class Messages:
     @whole
     async def last_messages(self, conversation_id: str, limit: int) -> list[StoredMessage]:
         """The last ``limit`` messages with their images, oldest first: what a model is given as its context."""
-        query = select(messages).where(messages.c.conversation_id == conversation_id)
         async with self._db.read() as connection:
-            rows = list(await connection.execute(query.order_by(messages.c.seq.desc()).limit(limit)))
+            rows = list(await connection.execute(_NEWEST, {"conversation": conversation_id, "most": limit}))
             return await _with_images(connection, reversed(rows))
 
     @whole

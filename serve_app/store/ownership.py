@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import delete, literal_column, not_, or_, select, update
+from sqlalchemy import BigInteger, bindparam, delete, literal_column, not_, or_, select, update
 
 from serve_app.domain.conversation import StreamSession
 from serve_app.domain.errors import NotFound
@@ -38,6 +38,16 @@ MAX_EPOCHS = 6
 """A stream whose owners keep dying is not adopted once more: it may be what kills them."""
 _HOPELESS = or_(session.wanted.is_(None), session.epoch >= MAX_EPOCHS, session.terminate_reason.is_not(None))
 _PRUNED_AT_ONCE = 200
+_MINE = (session.id.in_(bindparam("ids", expanding=True)), session.owner == bindparam("me"), IS_ACTIVE)
+_PULSE = (session.id, session.epoch, session.terminate_reason)
+_LOOK = select(*_PULSE).where(*_MINE)
+_LOOK_LOCKED = _LOOK.with_for_update(read=True)
+_RENEW = (
+    update(stream_sessions)
+    .where(*_MINE)
+    .values(owned_until_ms=database_ms() + bindparam("ttl_ms", type_=BigInteger), updated_at=bindparam("now"))
+    .returning(*_PULSE)
+)
 _HAS_LOG: Any = literal_column("has_log")
 
 
@@ -72,15 +82,11 @@ class Ownership:
         writes = renew_s is not None or any(batches.values())
         async with self._db.write() if writes else self._db.read() as connection:
             for some in chunks(ids):
-                ours = (session.id.in_(some), session.owner == owner, IS_ACTIVE)
-                statement: Any = select(session.id, session.epoch, session.terminate_reason).where(*ours)
+                given: dict[str, Any] = {"ids": some, "me": owner}
                 if renew_s is not None:
-                    change = update(stream_sessions).where(*ours)
-                    change = change.values(owned_until_ms=until(renew_s), updated_at=utc_now())
-                    statement = change.returning(session.id, session.epoch, session.terminate_reason)
-                elif writes:
-                    statement = statement.with_for_update(read=True)
-                for row in await connection.execute(statement):
+                    given |= {"ttl_ms": int(renew_s * 1000), "now": utc_now()}
+                statement = _RENEW if renew_s is not None else _LOOK_LOCKED if writes else _LOOK
+                for row in await connection.execute(statement, given):
                     pulses[row.id] = Pulse(row.epoch, row.terminate_reason)
             kept = [
                 (id, [row for row in rows if row.epoch == pulses[id].epoch])

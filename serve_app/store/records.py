@@ -25,7 +25,6 @@ from serve_app.domain.errors import InvalidInput
 from serve_app.domain.generation import Timing, Usage
 from serve_app.domain.stream_log import LogRow, Origin
 from serve_app.domain.wanted import Wanted
-from serve_app.store.tables import database_ms
 
 
 def new_id() -> str:
@@ -222,7 +221,7 @@ def _timing_of(row: Row[Any]) -> Timing | None:
 
 
 def session_values(new: NewSession, question_id: str | None) -> dict[str, Any]:
-    """The row of a session that begins now."""
+    """The row of a session that begins now; it is owned for ``ttl_ms`` by the database's clock."""
     now = utc_now()
     return {
         "id": new.id,
@@ -238,7 +237,7 @@ def session_values(new: NewSession, question_id: str | None) -> dict[str, Any]:
         "timeout_ms": new.timeout_ms,
         "trace_id": new.trace_id,
         "owner": new.owner,
-        "owned_until_ms": database_ms() + int(new.ttl_s * 1000),
+        "ttl_ms": int(new.ttl_s * 1000),
         "epoch": 1,
         "wanted": None if new.wanted is None else json.dumps(new.wanted.to_json()),
         "question_id": question_id,

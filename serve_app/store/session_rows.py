@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Row, func, insert, literal_column, select, update
+from sqlalchemy import BigInteger, Row, bindparam, func, insert, literal_column, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -38,6 +38,26 @@ _APPEND = {
     "sqlite": sqlite.insert(stream_events).on_conflict_do_nothing(),
     "postgresql": postgresql.insert(stream_events).on_conflict_do_nothing(),
 }
+# Statements of every reply are made once, and their values given when they run: making them costs more than running.
+_INSERT = (
+    insert(stream_sessions)
+    .values(owned_until_ms=database_ms() + bindparam("ttl_ms", type_=BigInteger))
+    .returning(stream_sessions)
+)
+_BY_ID = select(stream_sessions).where(session.id == bindparam("session"))
+_BY_ID_LOCKED = _BY_ID.with_for_update()
+_FINISH = (
+    update(stream_sessions)
+    .where(session.id == bindparam("session"), IS_ACTIVE)
+    .values(owned_until_ms=None)
+    .returning(stream_sessions)
+)
+_FINISH_OWN = _FINISH.where(session.epoch == bindparam("owners_epoch"))
+_RUNNING = (
+    select(stream_sessions, IS_EXPIRED.label("expired"))
+    .where(session.conversation_id == bindparam("conversation"), IS_ACTIVE)
+    .with_for_update()
+)
 _GONE = "The server that wrote this reply stopped before its end. Ask again for a new reply."
 
 
@@ -63,8 +83,7 @@ def until(ttl_s: float) -> Any:
 
 async def row_of(connection: AsyncConnection, id: str, lock: bool = False) -> Row[Any]:
     """The session's row, which nobody else changes meanwhile if ``lock``; NotFound."""
-    query = select(stream_sessions).where(session.id == id)
-    row = (await connection.execute(query.with_for_update() if lock else query)).one_or_none()
+    row = (await connection.execute(_BY_ID_LOCKED if lock else _BY_ID, {"session": id})).one_or_none()
     if row is None:
         raise NotFound("This stream session does not exist. Its conversation may have been deleted.")
     return row
@@ -73,7 +92,7 @@ async def row_of(connection: AsyncConnection, id: str, lock: bool = False) -> Ro
 async def insert_session(connection: AsyncConnection, values: dict[str, Any]) -> StreamSession:
     """Open a session in a conversation that this transaction has claimed."""
     try:
-        row = await connection.execute(insert(stream_sessions).values(values).returning(stream_sessions))
+        row = await connection.execute(_INSERT, values)
     except IntegrityError as error:
         # Another active session is out of the question: the conversation was claimed in this transaction.
         raise InvalidInput("A stream session with this id already exists.") from error
@@ -110,28 +129,40 @@ async def written(connection: AsyncConnection, ids: Collection[str]) -> dict[str
 
 
 async def finish(
-    connection: AsyncConnection, id: str, values: dict[str, Any], message_id: str | None = None
+    connection: AsyncConnection,
+    id: str,
+    values: dict[str, Any],
+    rows: Sequence[LogRow] = (),
+    message_id: str | None = None,
+    epoch: int | None = None,
 ) -> Row[Any]:
-    """End an active session of a conversation that this transaction has touched; the first end wins."""
+    """End an active session of a conversation that this transaction has touched, with the rest of its log.
+
+    The first end wins, and only an owner of this ``epoch`` writes one, if it is given: else the row as it is.
+    """
     now = utc_now()
-    change = update(stream_sessions).where(session.id == id, IS_ACTIVE)
-    change = change.values(values | {"updated_at": now, "ended_at": now, "owned_until_ms": None})
-    row = (await connection.execute(change.returning(stream_sessions))).one_or_none()
-    if row is None or not row.partial_response:
-        return row or await row_of(connection, id)
-    message = await insert_message(
-        connection,
-        row.conversation_id,
-        row.partial_response,
-        "llm",
-        id=message_id or new_id(),
-        model=row.model,
-        provider=row.provider,
-        status=_SAVED_AS[SessionStatus(row.status)],
-    )
-    saved = update(stream_sessions).where(session.id == id).values(message_id=message.id)
-    updated: Row[Any] = (await connection.execute(saved.returning(stream_sessions))).one()
-    return updated
+    saved = {"message_id": message_id or new_id()} if values.get("partial_response") else {}
+    given = values | saved | {"updated_at": now, "ended_at": now, "session": id}
+    if epoch is None:
+        changed = await connection.execute(_FINISH, given)
+    else:
+        changed = await connection.execute(_FINISH_OWN, {**given, "owners_epoch": epoch})
+    row: Row[Any] | None = changed.one_or_none()
+    if row is None:
+        return await row_of(connection, id)
+    await append(connection, id, rows)
+    if saved:
+        await insert_message(
+            connection,
+            row.conversation_id,
+            row.partial_response,
+            "llm",
+            id=row.message_id,
+            model=row.model,
+            provider=row.provider,
+            status=_SAVED_AS[SessionStatus(row.status)],
+        )
+    return row
 
 
 async def close_if_abandoned(connection: AsyncConnection, *conditions: Any) -> StreamSession | None:
@@ -141,19 +172,22 @@ async def close_if_abandoned(connection: AsyncConnection, *conditions: Any) -> S
     """
     query = select(stream_sessions).where(*conditions, IS_ACTIVE, IS_EXPIRED).with_for_update()
     found = (await connection.execute(query)).one_or_none()
-    if found is None:
-        return None
+    return None if found is None else await _close(connection, found)
+
+
+async def _close(connection: AsyncConnection, found: Row[Any]) -> StreamSession:
+    """End a session that is abandoned, and locked."""
     log = (await written(connection, [found.id]))[found.id]
     values: dict[str, Any] = {"epoch": found.epoch + 1}
     if log.seq:
         values |= {"partial_response": log.text, "token_count": log.token_count}
+    elif found.partial_response:
+        values["partial_response"] = found.partial_response
     values |= {name: value for name, value in (("model", log.model), ("provider", log.provider)) if value}
     end = _end_of(found, log)
-    values |= end.values
-    if log.seq:
-        entry = Entry(Numbered(log.seq + 1, end.event), Origin())
-        await append(connection, found.id, rows_of([entry], len(log.text), found.epoch + 1))
-    return session_of(await finish(connection, found.id, values))
+    entry = Entry(Numbered(log.seq + 1, end.event), Origin())
+    rows = rows_of([entry], len(log.text), found.epoch + 1) if log.seq else []
+    return session_of(await finish(connection, found.id, values | end.values, rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +216,8 @@ def _end_of(row: Row[Any], log: Written) -> _End:
 async def claim(connection: AsyncConnection, conversation_id: str) -> str | None:
     """Take the conversation for a new reply; the id of the one that still runs. One whose owner is gone ends here."""
     await touch(connection, conversation_id, utc_now())
-    ours = session.conversation_id == conversation_id
-    await close_if_abandoned(connection, ours)
-    running: str | None = await connection.scalar(select(session.id).where(ours, IS_ACTIVE))
-    return running
+    running = (await connection.execute(_RUNNING, {"conversation": conversation_id})).one_or_none()
+    if running is None or not running.expired:
+        return None if running is None else str(running.id)
+    await _close(connection, running)
+    return None

@@ -13,7 +13,7 @@ from serve_app.domain.conversation import SessionStatus, StreamSession, Terminat
 from serve_app.domain.errors import ConversationBusy, InvalidInput
 from serve_app.domain.generation import Timing, Usage
 from serve_app.domain.stream_log import LogRow
-from serve_app.store.conversations import behind, touch
+from serve_app.store.conversations import behind, touch_of
 from serve_app.store.engine import Database, whole
 from serve_app.store.messages import insert_message
 from serve_app.store.records import (
@@ -28,8 +28,8 @@ from serve_app.store.records import (
     usage_columns,
     utc_now,
 )
-from serve_app.store.session_rows import IS_ACTIVE, append, claim, finish, insert_session, row_of, session, written
-from serve_app.store.tables import ACTIVE, conversations, stream_sessions
+from serve_app.store.session_rows import IS_ACTIVE, claim, finish, insert_session, row_of, session, written
+from serve_app.store.tables import conversations, stream_sessions
 
 
 class Sessions:
@@ -160,12 +160,9 @@ class Sessions:
         }
         values |= {name: value for name, value in (("model", model), ("provider", provider)) if value is not None}
         async with self._db.write() as connection:
-            await touch(connection, (await row_of(connection, id)).conversation_id, utc_now())
-            row = await row_of(connection, id, lock=True)
-            if row.status != ACTIVE or epoch not in (None, row.epoch):
-                return session_of(row)
-            await append(connection, id, rows)
-            return session_of(await finish(connection, id, values, message_id))
+            if not await touch_of(connection, id, utc_now()):
+                await row_of(connection, id)
+            return session_of(await finish(connection, id, values, rows, message_id, epoch))
 
     @whole
     async def request_termination(self, id: str, reason: TerminationReason | str) -> bool:

@@ -371,6 +371,20 @@ async def test_a_full_server_says_when_to_come_back(make_platform: MakePlatform)
     assert await platform.services.store.count_conversations() == 1
 
 
+async def test_a_reply_that_takes_too_long_ends_with_what_there_is(make_platform: MakePlatform) -> None:
+    platform = await make_platform(stream_session_timeout_ms=1000)
+    async with streaming(platform, f"hello {SLOW}") as (_, stream):
+        seen = [event async for event in stream]
+    opening, end = seen[0].data, seen[-1]
+    assert (end.name, end.data["reason"]) == ("terminated", "TIMEOUT")
+    assert end.data["partialResponse"] == text_of(seen) != ""
+    session = await ended(platform, opening["sessionId"])
+    assert (session.status, session.termination_reason) == (SessionStatus.TERMINATED, "TIMEOUT")
+    (message,) = await platform.services.store.last_messages(opening["conversationId"], 1)
+    assert (message.text, message.status) == (text_of(seen), MessageStatus.TERMINATED)
+    assert platform.engine.counters().running == 0
+
+
 async def _elsewhere(platform: LocalPlatform, ttl_s: float) -> StreamSession:
     """A running session that another ingress owns."""
     store = platform.services.store

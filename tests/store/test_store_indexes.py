@@ -72,7 +72,7 @@ async def test_no_query_scans_a_table(store: Store) -> None:
     await use_everything(store)
     event.remove(store._db._engine.sync_engine, "before_cursor_execute", remember)
     assert len(seen) > 50
-    async with store._db.read() as connection:
+    async with store._db.write() as connection:  # one transaction, which the setting is for
         on_sqlite = connection.dialect.name == "sqlite"
         if not on_sqlite:
             # The tables are all but empty: what matters is whether there is another way than reading them whole.
