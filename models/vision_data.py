@@ -1,229 +1,18 @@
-"""Seeded scenes, questions and conversations for `tiny-vision`.
-
-Every image shows one shape on a plain background. What a picture *is* (its `Scene`: colour, shape, size class and
-background) is separate from how it is drawn (image size, position, exact shade), because the held-out split is defined
-on scenes: `is_held_out` is a pure function of a scene and of the constants in this file, so the split was fixed
-before any training run, and neither the training nor the evaluation can move it.
-"""
+"""Questions about scenes and the conversations that `tiny-vision` is trained and measured on, all of them seeded."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import io
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from PIL import Image, ImageDraw
-
-RGB = tuple[int, int, int]
-
-# Each name covers a range of shades (low, high), so that the CSS shade, a pure shade and a JPEG-softened one all count.
-COLOUR_RANGES: dict[str, tuple[RGB, RGB]] = {
-    "red": ((195, 0, 0), (255, 45, 55)),
-    "green": ((0, 118, 0), (65, 255, 75)),
-    "blue": ((0, 0, 135), (65, 95, 255)),
-    "yellow": ((235, 215, 0), (255, 255, 75)),
-    "orange": ((235, 125, 0), (255, 170, 45)),
-    "purple": ((110, 0, 120), (165, 60, 205)),
-    "black": ((0, 0, 0), (35, 35, 35)),
-    "white": ((228, 228, 228), (255, 255, 255)),
-}
-# What a caller who writes the plain name gets; half of the drawings use exactly these.
-PURE_COLOURS: dict[str, RGB] = {
-    "red": (255, 0, 0),
-    "green": (0, 128, 0),
-    "blue": (0, 0, 255),
-    "yellow": (255, 255, 0),
-    "orange": (255, 165, 0),
-    "purple": (128, 0, 128),
-    "black": (0, 0, 0),
-    "white": (255, 255, 255),
-}
-COLOURS: tuple[str, ...] = tuple(COLOUR_RANGES)
-SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "cross", "diamond")
-# Off the list on purpose. Training shows such scenes too, and asks only for what has a name: of a shape in a colour
-# without a name the shape, of a shape without a name the colour. Without them a model learns that the held-out pairs do
-# not exist, and takes an unseen red star for an orange one.
-UNNAMED = "unnamed"
-UNNAMED_SHARE = 0.25
-UNNAMED_SHAPES: tuple[str, ...] = ("ring", "hexagon", "arrow", "half disc")
-# Side of the shape's bounding box, as a fraction of the image's shorter side.
-SIZE_RANGES: dict[str, tuple[float, float]] = {"small": (0.5, 0.62), "medium": (0.62, 0.78), "large": (0.78, 0.95)}
-SIZES: tuple[str, ...] = tuple(SIZE_RANGES)
-
-MIN_SIDE = 24
-MAX_SIDE = 640
-MAX_ASPECT = 2.0
-
-# The split. Whole colour-shape pairs and whole size-background pairs are never trained on, one per shape and one per
-# size, and neither is one in ten of the remaining scenes.
-SPLIT_SEED = "tiny-vision-split-1"
-HELD_OUT_PAIRS: frozenset[tuple[str, str]] = frozenset(
-    {
-        ("white", "circle"),
-        ("purple", "square"),
-        ("green", "triangle"),
-        ("red", "star"),
-        ("blue", "cross"),
-        ("yellow", "diamond"),
-    }
-)
-HELD_OUT_STAGES: frozenset[tuple[str, str]] = frozenset({("small", "orange"), ("medium", "black"), ("large", "green")})
-HELD_OUT_ONE_IN = 10
+from models.vision_scenes import Scene, has_name, scenes
 
 NO_IMAGE = "I do not see an image."
 UNKNOWN = "I do not know."
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What one image shows, independent of how it is drawn."""
-
-    colour: str
-    shape: str
-    size: str
-    background: str
-
-
-def is_held_out(scene: Scene) -> bool:
-    """Whether a scene belongs to the held-out split; the answer depends on this file's constants alone."""
-    if (scene.colour, scene.shape) in HELD_OUT_PAIRS or (scene.size, scene.background) in HELD_OUT_STAGES:
-        return True
-    key = f"{SPLIT_SEED}/{scene.colour}/{scene.shape}/{scene.size}/{scene.background}"
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % HELD_OUT_ONE_IN == 0
-
-
-@functools.cache
-def scenes(held_out: bool) -> tuple[Scene, ...]:
-    """Every scene of one side of the split, in a fixed order."""
-    every = (
-        Scene(colour, shape, size, background)
-        for colour in COLOURS
-        for shape in SHAPES
-        for size in SIZES
-        for background in COLOURS
-        if background != colour
-    )
-    return tuple(scene for scene in every if is_held_out(scene) == held_out)
-
-
-def unnamed_scene(rng: random.Random) -> Scene:
-    """A scene for the vision tower alone, with a colour or a shape off the list; the split binds it all the same."""
-    while True:
-        background = rng.choice((*COLOURS, *[UNNAMED] * len(COLOURS)))
-        if rng.random() < 0.7:
-            scene = Scene(UNNAMED, rng.choice(SHAPES), rng.choice(SIZES), background)
-        else:
-            scene = Scene(rng.choice(COLOURS), rng.choice(UNNAMED_SHAPES), rng.choice(SIZES), background)
-        if (scene.colour == UNNAMED or scene.colour != background) and not is_held_out(scene):
-            return scene
-
-
-def _has_name(shade: RGB) -> bool:
-    """Whether a shade lies in, or within a hair of, the range of a named colour."""
-    margin = 12
-    return any(
-        all(a - margin <= value <= b + margin for a, value, b in zip(low, shade, high, strict=True))
-        for low, high in COLOUR_RANGES.values()
-    )
-
-
-def _shade(name: str, rng: random.Random) -> RGB:
-    if name == UNNAMED:
-        while _has_name(shade := (rng.randrange(256), rng.randrange(256), rng.randrange(256))):
-            pass
-        return shade
-    if rng.random() < 0.5:
-        return PURE_COLOURS[name]
-    low, high = COLOUR_RANGES[name]
-    red, green, blue = (rng.randint(a, b) for a, b in zip(low, high, strict=True))
-    return red, green, blue
-
-
-def _image_size(rng: random.Random) -> tuple[int, int]:
-    side = math.exp(rng.uniform(math.log(MIN_SIDE), math.log(MAX_SIDE)))
-    root = math.exp(rng.uniform(-0.5, 0.5) * math.log(MAX_ASPECT))
-    width, height = (min(MAX_SIDE, max(MIN_SIDE, round(value))) for value in (side * root, side / root))
-    return width, height
-
-
-def _star(x: float, y: float, side: float, inner: float) -> list[tuple[float, float]]:
-    points = []
-    for corner in range(10):
-        radius = side / 2 * (1.0 if corner % 2 == 0 else inner)
-        angle = math.pi * (corner / 5 - 0.5)
-        points.append((x + side / 2 + radius * math.cos(angle), y + side / 2 + radius * math.sin(angle)))
-    return points
-
-
-def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, box: tuple[float, float, float], fill: RGB, vary: float) -> None:
-    """Draw `shape` into the square `box` (left, top, side); `vary` in [0, 1] bends proportions without a norm."""
-    x, y, side = box
-    if shape == "circle":
-        draw.ellipse((x, y, x + side, y + side), fill=fill)
-    elif shape == "square":
-        draw.rectangle((x, y, x + side, y + side), fill=fill)
-    elif shape == "triangle":
-        draw.polygon([(x + side / 2, y), (x + side, y + side), (x, y + side)], fill=fill)
-    elif shape == "star":
-        draw.polygon(_star(x, y, side, 0.38 + 0.1 * vary), fill=fill)
-    elif shape == "cross":
-        arm = side * (0.28 + 0.12 * vary)
-        start = (side - arm) / 2
-        draw.rectangle((x + start, y, x + start + arm, y + side), fill=fill)
-        draw.rectangle((x, y + start, x + side, y + start + arm), fill=fill)
-    elif shape == "diamond":
-        centre, half = x + side / 2, side / 2 * (1.0 - 0.25 * vary)
-        draw.polygon(
-            [(centre, y), (centre + half, y + side / 2), (centre, y + side), (centre - half, y + side / 2)], fill
-        )
-    else:
-        _draw_unnamed_shape(draw, shape, box, fill)
-
-
-def _draw_unnamed_shape(draw: ImageDraw.ImageDraw, shape: str, box: tuple[float, float, float], fill: RGB) -> None:
-    x, y, side = box
-    if shape == "ring":
-        draw.ellipse((x, y, x + side, y + side), outline=fill, width=max(2, round(side / 4)))
-    elif shape == "half disc":
-        draw.pieslice((x, y, x + side, y + side), 180, 360, fill=fill)
-    elif shape == "hexagon":
-        draw.regular_polygon((x + side / 2, y + side / 2, side / 2), 6, fill=fill)
-    elif shape == "arrow":
-        corners = ((0, 0.35), (0.5, 0.35), (0.5, 0.1), (1, 0.5), (0.5, 0.9), (0.5, 0.65), (0, 0.65))
-        draw.polygon([(x + side * a, y + side * b) for a, b in corners], fill=fill)
-    else:
-        raise ValueError(f"unknown shape: {shape!r}")
-
-
-def _far_apart(first: RGB, second: RGB) -> bool:
-    return sum(abs(a - b) for a, b in zip(first, second, strict=True)) > 110
-
-
-def render(scene: Scene, rng: random.Random) -> Image.Image:
-    """Draw a scene at a random image size, position and shade; a quarter of all but the smallest went through JPEG."""
-    width, height = _image_size(rng)
-    side = rng.uniform(*SIZE_RANGES[scene.size]) * min(width, height)
-    left, top = rng.uniform(0, width - 1 - side), rng.uniform(0, height - 1 - side)
-    # Half of the images have smooth edges; large ones are smoothed by the processor's own downscale anyway.
-    scale = 3 if max(width, height) < 200 and rng.random() < 0.5 else 1
-    background, fill = _shade(scene.background, rng), _shade(scene.colour, rng)
-    while UNNAMED in (scene.colour, scene.background) and not _far_apart(background, fill):
-        background, fill = _shade(scene.background, rng), _shade(scene.colour, rng)
-    image = Image.new("RGB", (width * scale, height * scale), background)
-    box = (left * scale, top * scale, side * scale)
-    _draw_shape(ImageDraw.Draw(image), scene.shape, box, fill, rng.random())
-    if scale > 1:
-        image = image.reduce(scale)
-    if min(width, height) >= 64 and rng.random() < 0.25:
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=rng.randint(60, 95))
-        image = Image.open(buffer).convert("RGB")
-    return image
+# How often training shows a scene with a colour or a shape off the list.
+UNNAMED_SHARE = 0.4
 
 
 def colour_answer(scene: Scene) -> str:
@@ -262,11 +51,6 @@ class Question:
     def fits(self, scene: Scene) -> bool:
         """Whether what the question asks for has a name in this scene."""
         return all(has_name(getattr(scene, name)) for name in self.needs)
-
-
-def has_name(value: str) -> bool:
-    """Whether a colour or a shape is on the lists."""
-    return value in COLOURS or value in SHAPES
 
 
 # {colour}: either spelling of the word; {image}: image, picture or photo; {ordinal}: first or second.
@@ -381,6 +165,8 @@ NTH_QUESTIONS = (
     Question(NTH_SHAPE_QUESTIONS, shape_answer, ("shape",)),
     Question(NTH_DESCRIBE_QUESTIONS, describe_answer, ("colour", "shape", "background")),
 )
+# A description of one of two images takes three things of it, each of which stands beside that of the other image.
+DRILL_QUESTIONS = (*NTH_QUESTIONS, NTH_QUESTIONS[-1], NTH_QUESTIONS[-1], NTH_QUESTIONS[-1])
 ORDINALS = ("first", "second")
 
 OPENERS = ("", "", "", "", "", "", "Hi! ", "Hello, ", "Please tell me: ", "Question: ", "Look at this. ", "OK. ")
@@ -444,7 +230,8 @@ REPLIES = ("Of course.", "Yes.", "No.", "Sure, here you are.", "I am well, thank
 class Turn:
     """One user message with the expected reply; `images` are scenes, to be drawn by the caller, in order.
 
-    A question about two images names either the place that it asks about (`asked`) or the thing to find (`thing`).
+    A question about two images names either the place that it asks about (`asked`) or the thing to find (`thing`). An
+    answer that names something names these `fields` of the scene `about`, in this order.
     """
 
     text: str
@@ -454,6 +241,8 @@ class Turn:
     trained: bool = True
     asked: int | None = None
     thing: str | None = None
+    about: Scene | None = None
+    fields: tuple[str, ...] = ()
 
     def messages(self) -> list[dict[str, Any]]:
         """The turn as a user and an assistant message, in the form that the chat template takes."""
@@ -522,25 +311,25 @@ class Author:
     def ask(self, scene: Scene, question: Question | None = None) -> Turn:
         """A question about the one image in view, without the image itself."""
         question = question or self.rng.choice([item for item in SINGLE_QUESTIONS if item.fits(scene)])
-        return Turn(self.word(question.templates), question.answer(scene))
+        return Turn(self.word(question.templates), question.answer(scene), about=scene, fields=question.needs)
 
     def show(self, scene: Scene, question: Question | None = None) -> Turn:
         """A message with one image and a question about it; now and then no words at all, which asks to describe."""
         turn = self.ask(scene, question)
         turn.images, turn.images_first = [scene], self.rng.random() < 0.8
         if question is None and DESCRIBE.fits(scene) and self.rng.random() < 0.05:
-            turn.text, turn.answer = "", describe_answer(scene)
+            turn.text, turn.answer, turn.fields = "", describe_answer(scene), DESCRIBE.needs
         return turn
 
-    def ask_two(self, pair: Sequence[Scene], which: float = 0.3) -> Turn:
+    def ask_two(self, pair: Sequence[Scene], which: float = 0.3, questions: Sequence[Question] = NTH_QUESTIONS) -> Turn:
         """A question that needs the two images told apart; a share of `which` of them ask for the place of a thing."""
         index = self.rng.randrange(2)
         scene = pair[index]
         if self.rng.random() < which:
             return self._ask_which(scene, index)
-        question = self.rng.choice([item for item in NTH_QUESTIONS if item.fits(scene)])
+        question = self.rng.choice([item for item in questions if item.fits(scene)])
         text = self.word(question.templates, ordinal=ORDINALS[index], number=str(index + 1))
-        return Turn(text, question.answer(scene), asked=index)
+        return Turn(text, question.answer(scene), asked=index, about=scene, fields=question.needs)
 
     def _ask_which(self, scene: Scene, index: int) -> Turn:
         things = []
@@ -582,10 +371,11 @@ class Author:
             return self.rng.choice(SYSTEM_PROMPTS)
         return " ".join(self.rng.choices(WORDS, k=self.rng.randint(3, 20))).capitalize() + "."
 
-    def drill(self, questions: int = 9, which: float = 0.5) -> Conversation:
+    def drill(self, questions: int = 9, which: float = 0.4) -> Conversation:
         """Two images and one question after another that needs them told apart: much practice per image token."""
         pair = self.two_scenes()
-        turns = [self.show_two(pair, which), *(self.ask_two(pair, which) for _ in range(questions - 1))]
+        turns = [self.show_two(pair, which)]
+        turns += [self.ask_two(pair, which, DRILL_QUESTIONS) for _ in range(questions - 1)]
         return Conversation(turns, self.system())
 
     def chat(self, turns: int, text_share: float = 0.2) -> Conversation:

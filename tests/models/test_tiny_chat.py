@@ -14,7 +14,7 @@ from models import chat_data, chat_eval, chat_split, chat_tokenizer, chat_words
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "models" / "huggingface" / "rotunda" / "tiny-chat"
 SKILLS = chat_eval.MEASURED_SKILLS
-SHORT_PROMPTS, LONG_PROMPTS = 300, 40
+SHORT_PROMPTS = 300
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 Messages = list[dict[str, object]]
 
@@ -61,10 +61,11 @@ def test_skill_is_right_on_held_out_prompts(loaded: Loaded, skill: str) -> None:
     assert chat_eval.accuracy(model, tokenizer, prompts, batch=100) >= 0.95
 
 
+@pytest.mark.parametrize("number", [40, pytest.param(300, marks=pytest.mark.accuracy)])
 @pytest.mark.parametrize("skill", SKILLS)
-def test_skill_is_right_behind_a_long_history(loaded: Loaded, skill: str) -> None:
+def test_skill_is_right_behind_a_long_history(loaded: Loaded, skill: str, number: int) -> None:
     model, tokenizer = loaded
-    prompts = chat_eval.held_out_prompts(tokenizer, skill, LONG_PROMPTS, history_tokens=chat_eval.LONG_HISTORY)
+    prompts = chat_eval.held_out_prompts(tokenizer, skill, number, history_tokens=chat_eval.LONG_HISTORY)
     assert chat_eval.accuracy(model, tokenizer, prompts, batch=20) >= 0.9
 
 
