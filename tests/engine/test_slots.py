@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -32,6 +34,13 @@ Make = Callable[..., Awaitable[TransformersEngine]]
 Ask = Callable[..., Awaitable[Any]]
 Together = Callable[..., Awaitable[list[Any]]]
 SOAK = int(os.environ.get("ROTUNDA_SOAK_REQUESTS", "300"))
+MAX_GROWTH = 24 * 1024 * 1024
+"""Bytes that the process may come to hold after the warm-up, whatever the number of requests."""
+
+
+def resident_bytes() -> int:
+    gc.collect()
+    return int(psutil.Process().memory_info().rss)
 
 
 def decoder_of(engine: TransformersEngine) -> SlotDecoder:
@@ -364,7 +373,10 @@ async def test_a_soak_leaks_no_row_and_its_counters_add_up(make_engine: Make, en
             finally:
                 await stream.aclose()
 
-    await asyncio.gather(*(one(number) for number in range(SOAK)))
+    warm = SOAK // 3  # by then every row and every size of pass has been used
+    await asyncio.gather(*(one(number) for number in range(warm)))
+    before = resident_bytes()
+    await asyncio.gather(*(one(number) for number in range(warm, SOAK)))
     await until(lambda: engine.counters().running == 0)
     now = engine.counters()
     assert now.requests == SOAK == now.finished + now.cancelled + now.failed
@@ -376,3 +388,4 @@ async def test_a_soak_leaks_no_row_and_its_counters_add_up(make_engine: Make, en
     assert sum(row.occupied for row in rows.by_index) <= 2048
     if decoder_of(engine).loop.on_cpu:  # on a GPU all rows together hold no more than the budget
         assert len(rows.by_index) == slots.KEPT_ROWS + 8
+    assert resident_bytes() - before < MAX_GROWTH

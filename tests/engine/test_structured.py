@@ -14,13 +14,20 @@ import jsonschema
 import pytest
 import transformers
 
-from serve_app.domain.errors import GenerationFailed, InvalidInput
-from serve_app.domain.generation import FinishReason, GenerationRequest, JsonFormat, Message, Options
+from serve_app.domain.errors import (
+    CapabilityMissing,
+    ContextLengthExceeded,
+    GenerationFailed,
+    InvalidInput,
+    RotundaError,
+)
+from serve_app.domain.generation import FinishReason, GenerationRequest, Image, JsonFormat, Message, Options
 from serve_app.domain.tools import Tool, ToolUse
 from serve_app.engines import structured
 from serve_app.engines.structured import Grammar, Grammars
 from serve_app.engines.transformers import TransformersEngine
 from serve_app.engines.vocabulary import Vocabulary
+from tests import pictures
 from tests.engine import tiny_models
 
 Make = Callable[..., Awaitable[TransformersEngine]]
@@ -254,27 +261,67 @@ def test_the_references_of_a_tools_parameters_still_lead_somewhere(grammars: Gra
         grammar.accept(token)
 
 
+class Crowd:
+    """Seven clients of an engine that ask the same again and again while somebody misbehaves beside them."""
+
+    def __init__(self, engine: TransformersEngine, ask: Ask, size: int = 7) -> None:
+        self._engine, self._ask, self._size = engine, ask, size
+        self._over = asyncio.Event()
+        self.replies = 0
+
+    async def _client(self) -> set[str]:
+        texts = set()
+        while not self._over.is_set():
+            texts.add((await self._ask(self._engine, "Hello", max_tokens=80)).text)
+            self.replies += 1
+        return texts
+
+    async def __aenter__(self) -> Crowd:
+        self._alone = (await self._ask(self._engine, "Hello", max_tokens=80)).text
+        self._clients = [asyncio.create_task(self._client()) for _ in range(self._size)]
+        while self._engine.counters().running < self._size:  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0.001)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._over.set()
+        assert set.union(*await asyncio.gather(*self._clients)) == {self._alone}
+
+
 async def test_bad_requests_do_not_disturb_seven_others(make_engine: Make, ask: Ask) -> None:
     engine = await make_engine("chat", max_concurrency=8)
-    alone = (await ask(engine, "Hello", max_tokens=80)).text
-    good = [asyncio.create_task(ask(engine, "Hello", max_tokens=80)) for _ in range(7)]
-    while engine.counters().running < 7:  # noqa: ASYNC110 - nothing tells
-        await asyncio.sleep(0.001)
-    for schema, _ in BAD.values():
-        with pytest.raises(InvalidInput):
-            await ask(engine, "Hello", response_format=JsonFormat(schema))
-    for bad in (
-        {"stop": tuple("x" for _ in range(10_000))},
-        {"stop": (7,)},
-        {"temperature": 3.0},
-        {"top_p": 0.0},
-        {"logprobs": 21},
-        {"logit_bias": dict.fromkeys(range(100000), 1.0)},
-        {"presence_penalty": float("nan")},
-        {"stop": ("x",), "response_format": JsonFormat()},
-    ):
-        with pytest.raises(InvalidInput):
-            await ask(engine, "Hello", **bad)
-    assert {reply.text for reply in await asyncio.gather(*good)} == {alone}
+    async with Crowd(engine, ask) as crowd:
+        for schema, _ in BAD.values():
+            with pytest.raises(InvalidInput):
+                await ask(engine, "Hello", response_format=JsonFormat(schema))
+        for bad in (
+            {"stop": tuple(f"x{n}" for n in range(10_000))},
+            {"stop": (7,)},
+            {"temperature": 3.0},
+            {"top_p": 0.0},
+            {"logprobs": 21},
+            {"logit_bias": dict.fromkeys(range(100000), 1.0)},
+            {"presence_penalty": float("nan")},
+            {"stop": ("x",), "response_format": JsonFormat()},
+        ):
+            with pytest.raises(InvalidInput):
+                await ask(engine, "Hello", **bad)
+        with pytest.raises(InvalidInput, match="empty"):
+            await ask(engine, " ")
+        with pytest.raises(ContextLengthExceeded):
+            await ask(engine, "word " * 2000)
+        with pytest.raises(CapabilityMissing):
+            await ask(engine, Message.of("user", "x", (Image("image/png", pictures.bomb()),)))
     now = engine.counters()
-    assert (now.running, now.finished, now.failed) == (0, 8, len(BAD))
+    assert (now.running, now.waiting, now.finished) == (0, 0, 1 + crowd.replies)
+    assert now.requests == now.finished + now.failed and now.failed > len(BAD)
+
+
+async def test_an_image_bomb_is_refused_before_it_is_opened_while_seven_stream(make_engine: Make, ask: Ask) -> None:
+    engine = await make_engine("vision", max_concurrency=8)
+    async with Crowd(engine, ask):
+        for _ in range(3):
+            with pytest.raises(RotundaError) as refused:
+                await ask(engine, Message.of("user", "x", (Image("image/png", pictures.bomb()),)))
+            assert refused.value.code in ("UNSUPPORTED_MEDIA", "PAYLOAD_TOO_LARGE") and not refused.value.retryable
+    engine.check_health()
