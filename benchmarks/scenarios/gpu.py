@@ -47,8 +47,7 @@ def figures(tokens: int, seconds: float, first: Sequence[float]) -> Figures:
 class Ours:
     """Rotunda's engine."""
 
-    def __init__(self, size: str, device: str, tokens: int) -> None:
-        self.tokens = tokens
+    def __init__(self, size: str, device: str) -> None:
         self.runner = asyncio.Runner()
         extra = (("use_gpu", device == "cuda"), ("kv_tokens", max(STREAMS) * CONTEXT))
         options = EngineOptions(threads=1, max_concurrency=max(STREAMS), extra=extra)
@@ -59,10 +58,10 @@ class Ours:
 
         self.engine = self.runner.run(make())
 
-    def round(self, prompts: Sequence[str]) -> Figures:
+    def round(self, prompts: Sequence[str], tokens: int) -> Figures:
         async def run() -> Figures:
             begun = time.perf_counter()
-            runs = await asyncio.gather(*(ask(self.engine, prompt, self.tokens) for prompt in prompts))
+            runs = await asyncio.gather(*(ask(self.engine, prompt, tokens) for prompt in prompts))
             made = sum(run.usage.completion_tokens for run in runs)
             return figures(made, time.perf_counter() - begun, [run.sent - begun + run.ttft for run in runs])
 
@@ -72,8 +71,8 @@ class Ours:
         first, second, _ = self.runner.run(second_turn(self.engine, random.Random(seed)))
         return {"first_ttft_ms": first * 1000, "ratio": second / first}
 
-    def guest(self, seed: int) -> Figures:
-        alone, beside, ttft = self.runner.run(disturbed(self.engine, random.Random(seed), 8, self.tokens))
+    def guest(self, seed: int, tokens: int) -> Figures:
+        alone, beside, ttft = self.runner.run(disturbed(self.engine, random.Random(seed), 8, tokens))
         return {"gap_p99_ms": alone * 1000, "growth": beside / alone, "long_prompt_ttft_ms": ttft * 1000}
 
     def close(self) -> None:
@@ -96,9 +95,8 @@ class Clock(BaseStreamer):  # type: ignore[misc]
 class Peer:
     """transformers itself with a copy of the same model."""
 
-    def __init__(self, size: str, device: str, tokens: int) -> None:
+    def __init__(self, size: str, device: str) -> None:
         path = ensure([size]) / model_id(size)
-        self.tokens = tokens
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, padding_side="left", pad_token="w0")
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation="sdpa")
         self.model = model.eval().to(device)
@@ -109,12 +107,12 @@ class Peer:
 
 
 class Padded(Peer):
-    def round(self, prompts: Sequence[str]) -> Figures:
+    def round(self, prompts: Sequence[str], tokens: int) -> Figures:
         begun, clock = time.perf_counter(), Clock()
         inputs = self.tokenizer(list(prompts), padding=True, return_tensors="pt", return_token_type_ids=False)
         with torch.inference_mode():
             made = self.model.generate(
-                **inputs.to(self.model.device), max_new_tokens=self.tokens, do_sample=False, pad_token_id=0,
+                **inputs.to(self.model.device), max_new_tokens=tokens, do_sample=False, pad_token_id=0,
                 streamer=clock,
             )  # fmt: skip
         whole, first = time.perf_counter() - begun, clock.times[1] - begun  # the first call hands over the prompts
@@ -124,28 +122,32 @@ class Padded(Peer):
 class Continuous(Peer):
     """Its manager stays between rounds; it is made for the largest of them."""
 
-    def __init__(self, size: str, device: str, tokens: int) -> None:
-        super().__init__(size, device, tokens)
+    def __init__(self, size: str, device: str) -> None:
+        super().__init__(size, device)
         share = 0.5  # of the memory: the other engines need some too
         self.config = transformers.ContinuousBatchingConfig(max_memory_percent=share)
-        self.round(prompts_of(0, max(STREAMS)))
+        self.round(prompts_of(0, max(STREAMS)), 16)
 
-    def round(self, prompts: Sequence[str]) -> Figures:
-        generation = transformers.GenerationConfig(max_new_tokens=self.tokens, do_sample=False, eos_token_id=-1)
+    def round(self, prompts: Sequence[str], tokens: int) -> Figures:
+        generation = transformers.GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1)
         found = self.model.generate_batch(
             self.ids(prompts), generation, self.config, record_timestamps=True, persistent_manager=True
         )
         outputs = list(found.values())
         made = sum(len(output.generated_tokens) for output in outputs)
-        if len(outputs) != len(prompts) or made != self.tokens * len(prompts):
+        if len(outputs) != len(prompts) or made != tokens * len(prompts):
             raise RuntimeError(f"{len(outputs)} of {len(prompts)} requests came back, {made} tokens in all")
         begun = min(output.created_time for output in outputs)
         end = max(output.timestamps[-1] for output in outputs)
         return figures(made, end - begun, [output.timestamps[0] - begun for output in outputs])
 
 
-def contender(name: str, streams: int, one_round: Callable[[Sequence[str]], Figures]) -> Contender:
-    return Contender(f"{name} {streams}", lambda seed: one_round(prompts_of(seed, streams)))
+def contender(name: str, streams: int, tokens: int, one_round: Callable[[Sequence[str], int], Figures]) -> Contender:
+    return Contender(
+        f"{name} {streams}",
+        lambda seed: one_round(prompts_of(seed, streams), tokens),
+        warm_up=lambda seed: one_round(prompts_of(seed, streams), 16),
+    )
 
 
 def rows(found: Measured, size: str, streams: int, peers: Sequence[str]) -> list[Row]:
@@ -180,10 +182,10 @@ def own_rows(found: Measured, size: str) -> list[Row]:
     ]
 
 
-def peers_of(given: argparse.Namespace, tokens: int, result: Result) -> dict[str, Padded | Continuous]:
-    made: dict[str, Padded | Continuous] = {PADDED: Padded(given.size, given.device, tokens)}
+def peers_of(given: argparse.Namespace, result: Result) -> dict[str, Padded | Continuous]:
+    made: dict[str, Padded | Continuous] = {PADDED: Padded(given.size, given.device)}
     try:
-        made[CONTINUOUS] = Continuous(given.size, given.device, tokens)
+        made[CONTINUOUS] = Continuous(given.size, given.device)
     except Exception as fault:  # a peer that does not run here is named in the result
         log.exception("%s does not run", CONTINUOUS)
         result.problems.append(f"{CONTINUOUS} did not run: {type(fault).__name__}")
@@ -195,22 +197,26 @@ def main() -> None:
     arguments.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     arguments.add_argument("--size", choices=[*LARGE, *SIZES], default="1B")
     arguments.add_argument("--tokens", type=int, help="of each reply (default 128; 16 with --quick)")
-    arguments.add_argument("--budget", type=float, help="seconds for the rounds")
+    arguments.add_argument("--budget", type=float, help="seconds for the rounds of each part")
     given = arguments.parse_args()
     tokens = given.tokens or (16 if given.quick else 128)
     result = Result.begin("gpu", "A Llama of a billion parameters in bfloat16 on a GPU, in one process", given)
-    ours = Ours(given.size, given.device, tokens)
-    peers = peers_of(given, tokens, result)
+    ours = Ours(given.size, given.device)
+    peers = peers_of(given, result)
     result.settings |= {"new_tokens": tokens, "model": given.size, "engine": ours.engine.description}
     if CONTINUOUS in peers:
         result.settings[CONTINUOUS] = settings_of(peers[CONTINUOUS].model)
-    contenders = [contender(name, count, one.round) for count in STREAMS for name, one in {OURS: ours, **peers}.items()]
-    contenders += [Contender("turns", ours.turns), Contender("guest", ours.guest)]
-    found = measure(contenders, rounds_of(given), given.seed, "GPU:", budget_s=given.budget)
     for streams in STREAMS:
-        result.rows += rows(found, given.size, streams, list(peers))
+        contenders = [contender(name, streams, tokens, one.round) for name, one in {OURS: ours, **peers}.items()]
+        found = measure(contenders, rounds_of(given), given.seed, f"{streams} streams:", budget_s=given.budget)
+        result.add(found, *rows(found, given.size, streams, list(peers)))
+        result.details[f"{streams}"] = found.rounds
+        result.write()  # what there is, should a peer never come back
+    alone = [contender(OURS, streams, tokens, ours.round) for streams in STREAMS]
+    alone += [Contender("turns", ours.turns), Contender("guest", lambda seed: ours.guest(seed, tokens))]
+    found = measure(alone, rounds_of(given), given.seed, "alone:", budget_s=given.budget)
     result.add(found, *own_rows(found, given.size))
-    result.details["rounds"] = found.rounds
+    result.details["alone"] = found.rounds
     result.write()
     ours.close()
 

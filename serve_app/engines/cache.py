@@ -63,7 +63,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         shape = (self.place.rows, like.shape[1], self.place.capacity, like.shape[3])
         row_bytes = like.shape[1] * self.place.capacity * like.shape[3] * like.element_size()
         if like.device.type != "cpu" or row_bytes % mmap.PAGESIZE or not hasattr(mmap, "MADV_NOHUGEPAGE"):
-            return like.new_zeros(shape)
+            with torch.inference_mode(False):  # rows are also emptied outside of passes
+                return torch.zeros(shape, dtype=like.dtype, device=like.device)
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
         pages = mmap.mmap(-1, row_bytes * self.place.rows, flags=flags)
         pages.madvise(mmap.MADV_NOHUGEPAGE)
@@ -130,9 +131,11 @@ class SlotCache(Cache):  # type: ignore[misc]
         Raises:
             ValueError: it does not hold all of it.
         """
-        for own, other in zip(self._written(), cache.layers, strict=True):
+        for own, other in zip(self.layers, cache.layers, strict=True):
             if other.keys.shape[2] != tokens:
                 raise ValueError("the other cache does not hold the whole text")
+            if not own.is_initialized:
+                own.lazy_initialization(other.keys, other.values)
             own.keys[row, :, :tokens] = other.keys[0]
             own.values[row, :, :tokens] = other.values[0]
 

@@ -16,6 +16,9 @@ TOLERANCE = 0.05
 """Of the logits' standard deviation: far above rounding, far below what another context makes of them."""
 LONGEST = 320
 CHUNK = 7
+ROWS = 8
+CAPACITY = 2 * LONGEST
+"""Of the cache for the trial: its own, since on a GPU the model's may have fewer rows than the trial needs."""
 
 
 class Canary:
@@ -88,7 +91,12 @@ def passes(loop: SlotLoop, reread: Reread, ids: Sequence[int]) -> bool:
     fourth, fifth = canary.sit([*conversation, *ids][: loop.limit - 8]), canary.sit(text[1:])
     canary.read(fourth, fifth)  # one in the row of the one that left
     canary.step(second, third, fourth, fifth, check=True)
-    for seat in (second, third, fourth, fifth):
-        canary.leave(seat)
-    loop.reset()
     return not canary.wrong
+
+
+def touch(loop: SlotLoop, ids: Sequence[int]) -> None:
+    """Read a few tokens: what a loop allocates at its first pass, it shall allocate while the model loads."""
+    seat = Seat(list(ids)[: loop.limit // 2], loop.limit)
+    loop.sit(seat)
+    loop.run([piece(seat, seat.left)])
+    loop.leave(seat, spoilt=True)

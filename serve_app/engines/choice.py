@@ -38,7 +38,7 @@ def choose(
         batch = _batch(passes, ids, places, reason)
         if reason is None:
             slots = _slots(batch, passes, loaded, places, min(limit or budget, budget), budget)
-            batch.reason = _trial(slots, passes, ids)
+            batch.reason = _trial(loaded, slots, passes, ids)
             if batch.reason is None:
                 return slots
     log.warning("%s: no continuous batching: %s", loaded.info.id, batch.reason)
@@ -68,10 +68,14 @@ def _slots(batch: BatchDecoder, passes: Passes, loaded: Loaded, places: int, lim
     return SlotDecoder(batch, passes, loop, places, adopts)
 
 
-def _trial(slots: SlotDecoder, passes: Passes, ids: Sequence[int]) -> str | None:
+def _trial(loaded: Loaded, slots: SlotDecoder, passes: Passes, ids: Sequence[int]) -> str | None:
+    limit = min(slots.loop.limit, canary.CAPACITY)
+    loop = SlotLoop(loaded.model, gate.LayerKinds.of(loaded.model), canary.ROWS, limit, canary.ROWS * limit)
     try:
         with torch.inference_mode():
-            passed = canary.passes(slots.loop, passes.reread, ids)
+            passed = canary.passes(loop, passes.reread, ids)
+            if passed:
+                canary.touch(slots.loop, ids)
     except Exception:  # the border to the libraries: a model that cannot do this can still run alone
         log.exception("the trial of the slots failed")
         return "it cannot run in shared passes"

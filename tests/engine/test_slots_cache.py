@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from serve_app.engines.cache import SlotCache
 
@@ -74,3 +75,20 @@ def test_an_emptied_row_is_zero_where_memory_cannot_be_given_back() -> None:
     cache.empty_row(1)
     keys, values = put(cache, torch.ones(1, 1, 1, 3), (1, 1))
     assert keys.isfinite().all() and values.isfinite().all()
+
+
+def test_rows_that_came_to_be_in_a_pass_are_emptied_outside_of_one() -> None:
+    cache = SlotCache(1, rows=2, capacity=7, device="cpu")  # rows that fill no page, as on a GPU
+    with torch.inference_mode():
+        keys, _ = put(cache, torch.ones(1, 1, 1, 3), (1, 0))
+    cache.empty_row(1)
+    assert keys.eq(0).all()
+
+
+def test_a_cache_that_nothing_was_read_into_adopts_a_text() -> None:
+    other = DynamicCache()
+    other.update(torch.ones(1, 2, 3, 4), torch.full((1, 2, 3, 4), 2.0), 0)
+    cache = SlotCache(1, rows=2, capacity=8, device="cpu")
+    cache.adopt_row(1, other, 3)
+    keys, values = put(cache, torch.zeros(1, 2, 1, 4), (0, 0))
+    assert keys[1, :, :3].eq(1).all() and values[1, :, :3].eq(2).all()

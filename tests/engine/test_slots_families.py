@@ -244,3 +244,16 @@ def test_a_model_that_the_gate_lets_pass_and_the_trial_does_not(monkeypatch: pyt
     monkeypatch.setattr(model.model.rotary_emb, "forward", forward)
     decoder = decoder_of(model)
     assert isinstance(decoder, BatchDecoder) and "other tokens" in decoder.description
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_few_rows_are_enough_for_the_slots(rows: int) -> None:
+    """On a GPU the cache has as many rows as its memory holds, fewer than the trial at load needs."""
+    tokenizer = SimpleNamespace(eos_token_id=None)
+    model = model_of(RUN["llama"]())
+    loaded = Loaded(model, tokenizer, None, ModelInfo("m", ""), "cuda", "float32", "sdpa")
+    decoder = choose(loaded, list(range(5, 25)), 4, CONTEXT, rows * CONTEXT)
+    assert isinstance(decoder, SlotDecoder) and decoder.places == min(rows, 4)
+    assert len(decoder.loop.rows.by_index) == rows
+    jobs = play(decoder, traffic(model))
+    assert [job.tokens for job in jobs] == [generated(model, job.prompt.ids, job.prompt.max_tokens) for job in jobs]
