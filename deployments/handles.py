@@ -12,7 +12,7 @@ import functools
 import logging
 import secrets
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.domain.catalog import Entry
-from serve_app.domain.embeddings import Embeddings
+from serve_app.domain.embeddings import EmbeddingRequest, Embeddings
 from serve_app.domain.errors import (
     DeadlineExceeded,
     Internal,
@@ -203,10 +203,10 @@ class ModelHandles:
                 call.cancel()
                 reader.cancel()
 
-    async def embed(self, entry: Entry, texts: Sequence[str], epoch: int) -> Embeddings:
+    async def embed(self, entry: Entry, request: EmbeddingRequest, epoch: int) -> Embeddings:
         """One vector for each text."""
         try:
-            answer = await apart(self._handle(entry, stream=False).embed, tuple(texts), epoch, entry.id)
+            answer = await apart(self._handle(entry, stream=False).embed, request, epoch)
         except Exception as error:
             self._forget(entry)
             raise translate(error, entry.id, entry.provider) from error

@@ -23,7 +23,7 @@ from deployments.reporting import REPORT_S, Reporter
 from deployments.serving import Outboxes, RouterLink
 from serve_app.config import ModelArgs, Settings, load
 from serve_app.domain.catalog import ModelInfo, ModelState
-from serve_app.domain.embeddings import Embeddings
+from serve_app.domain.embeddings import EmbeddingRequest, Embeddings
 from serve_app.domain.errors import CapabilityMissing, Internal, ModelNotFound, ReplicaRetired, RotundaError
 from serve_app.domain.fleet import Report, state_from_counters
 from serve_app.domain.generation import Accepted, GenerationRequest, Item
@@ -36,7 +36,7 @@ from serve_app.engines.memory import gpu_bytes, node_memory
 from serve_app.telemetry.figures import engine_figures, memory_figures
 from serve_app.telemetry.logs import set_up_logging
 from serve_app.telemetry.metrics import Metric
-from serve_app.telemetry.recording import Load, generation
+from serve_app.telemetry.recording import Load, in_replica
 
 logger = logging.getLogger(__name__)
 
@@ -156,16 +156,17 @@ class ModelReplica:
                 yield frame
 
     @answering
-    async def embed(self, texts: tuple[str, ...], epoch: int, model: str) -> Embeddings:
-        """One vector for each text; ``model`` is this one."""
-        engine = self._loaded(epoch)
-        if not isinstance(engine, EmbeddingEngine):
-            raise CapabilityMissing(f"{self._args.model} makes text, no embeddings.")
-        with self._timed():
-            return await engine.embed(texts)
+    async def embed(self, request: EmbeddingRequest, epoch: int) -> Embeddings:
+        """One vector for each text."""
+        with in_replica(self._reporter.tracing, request, self._args.model) as request:
+            engine = self._loaded(epoch)
+            if not isinstance(engine, EmbeddingEngine):
+                raise CapabilityMissing(f"{self._args.model} makes text, no embeddings.")
+            with self._timed():
+                return await engine.embed(request.texts, request.marks)
 
     async def _serve(self, request: GenerationRequest, epoch: int) -> AsyncGenerator[Item, None]:
-        with generation(self._reporter.tracing, request, self._args.model) as request:
+        with in_replica(self._reporter.tracing, request, self._args.model) as request:
             engine = self._loaded(epoch)
             with self._timed():
                 async with aclosing(engine.generate(request)) as items:

@@ -73,7 +73,7 @@ class Reporter:
         self._silent_s += REPORT_S
         if not (self._unsent or changed or leaves or self._silent_s >= LONGEST_SILENCE_S):
             return
-        spans, unsent = tuple(self._unsent[:MOST_SPANS]), outgoing.open + max(0, len(self._unsent) - MOST_SPANS)
+        spans, unsent = tuple(self._unsent[:MOST_SPANS]), outgoing.unsent + max(0, len(self._unsent) - MOST_SPANS)
         known = None if not changed else figures
         report = TelemetryReport(self._link.replica_id, self._role, spans, known, unsent, leaves)
         if await self._link.tell("telemetry", report):

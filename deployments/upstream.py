@@ -20,14 +20,14 @@ from deployments.reporting import REPORT_S, Reporter
 from deployments.serving import Outboxes, RouterLink
 from serve_app.config import UpstreamArgs, load
 from serve_app.domain.catalog import ModelInfo
-from serve_app.domain.embeddings import Embeddings
+from serve_app.domain.embeddings import EmbeddingRequest, Embeddings
 from serve_app.domain.errors import Internal, ProviderUnavailable, RotundaError
 from serve_app.domain.generation import Delta, GenerationRequest, Item
 from serve_app.domain.upstreams import UPSTREAM_DEPLOYMENT, UpstreamReport, Use
 from serve_app.providers import registry
 from serve_app.providers.base import Provider
 from serve_app.telemetry.logs import set_up_logging
-from serve_app.telemetry.recording import generation
+from serve_app.telemetry.recording import in_replica
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Upstream:
                 yield frame
 
     async def _serve(self, request: GenerationRequest) -> AsyncGenerator[Item, None]:
-        with self._used(request.model), generation(self._reporter.tracing, request, request.model, True) as request:
+        with self._used(request.model), in_replica(self._reporter.tracing, request, request.model, True) as request:
             async with aclosing(self._ready().generate(request)) as items:
                 async for item in items:
                     if request.marks.first is None and isinstance(item, Delta):
@@ -88,10 +88,10 @@ class Upstream:
                     yield item
 
     @answering
-    async def embed(self, texts: tuple[str, ...], epoch: int, model: str) -> Embeddings:
+    async def embed(self, request: EmbeddingRequest, epoch: int) -> Embeddings:
         """One vector for each text."""
-        with self._used(model):
-            return await self._ready().embed(model, texts)
+        with self._used(request.model), in_replica(self._reporter.tracing, request, request.model, True) as request:
+            return await self._ready().embed(request)
 
     @answering
     async def load(self, model: str) -> None:

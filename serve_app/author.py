@@ -97,11 +97,12 @@ class Author:
         finally:
             timeout.cancel()
             opening.cancel()
-        await self._logbook.settle(reply)
+        with reply.trace.phase("store.write"):
+            await self._logbook.settle(reply)
+            if not reply.moved:
+                await self._finish(reply, completed, failure)
         if reply.moved:
             reply.stream.close()
-        else:
-            await self._finish(reply, completed, failure)
         reply.trace.finish(reply.failure, reply.stop_reason)
         reply.leave_alone()
         reply.done.set()
@@ -156,17 +157,16 @@ class Author:
         if failure is None:
             self._open(reply, None)
         terminal = _terminal(reply, completed, failure, new_id() if reply.text else None)
-        with reply.trace.phase("store.write"):
-            try:
-                row = await self._record(reply, completed, failure, terminal)
-            except RotundaError as error:
-                logger.error("session %s could not be recorded: %s", reply.session.id, error)
-                failure, row, terminal = error, None, _failed(reply, error)
-            if row is not None and row.epoch != reply.session.epoch:
-                logger.warning("session %s was ended, or is written, by another server", reply.session.id)
-                reply.moved = True
-                reply.stream.close()
-                return
+        try:
+            row = await self._record(reply, completed, failure, terminal)
+        except RotundaError as error:
+            logger.error("session %s could not be recorded: %s", reply.session.id, error)
+            failure, row, terminal = error, None, _failed(reply, error)
+        if row is not None and row.epoch != reply.session.epoch:
+            logger.warning("session %s was ended, or is written, by another server", reply.session.id)
+            reply.moved = True
+            reply.trace.hand_over()
+            return
         reply.message_id = row.message_id if row else None
         reply.failure = failure
         reply.stream.append(terminal)

@@ -11,7 +11,7 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from serve_app.domain.backoff import Backoff
 from serve_app.domain.breaker import Breakers, Circuit
 from serve_app.domain.catalog import Entry
-from serve_app.domain.embeddings import Embeddings
+from serve_app.domain.embeddings import EmbeddingRequest, Embeddings
 from serve_app.domain.errors import DeadlineExceeded, Phase, ProviderError, ReplicaRetired, RotundaError
 from serve_app.domain.events import Loading, Queued, Switched
 from serve_app.domain.fleet import FleetView
@@ -81,7 +81,7 @@ class Backend(Protocol):
 
     def stream(self, entry: Entry, request: GenerationRequest, epoch: int) -> AsyncGenerator[Item, None]: ...
 
-    async def embed(self, entry: Entry, texts: Sequence[str], epoch: int) -> Embeddings: ...
+    async def embed(self, entry: Entry, request: EmbeddingRequest, epoch: int) -> Embeddings: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,34 +205,49 @@ class Gateway:
                 async for step in steps:
                     yield step
 
-    async def embed(self, ask: Ask, texts: Sequence[str]) -> Embeddings:
+    async def embed(self, ask: Ask, request: EmbeddingRequest, trail: Trail | None = None) -> Embeddings:
         """One vector for each text, from the model that was asked for: those of another would mean something else.
 
         Raises:
             RotundaError: it cannot, also after the tries that the backoff allows.
         """
         ask, failures, left = replace(ask, fallbacks=(), alone=True), 0, 0
-        while True:
-            granted: Granted | None = None
-            async with aclosing(self._wait(ask, None)) as news:
+        with Record(trail or Trail.quiet(), request, self._clock) as record:
+            candidate = await self._embedder(ask, record)
+            record.chosen((candidate,))
+            while True:
+                try:
+                    with record.attempt(candidate):
+                        return record.embedded(await self._embedded(candidate.entry, request, record))
+                except RotundaError as error:
+                    self.leases.drop(candidate.entry.full_name)
+                    left += isinstance(error, ReplicaRetired)
+                    failures += not isinstance(error, ReplicaRetired) or left > MOST_RETIREMENTS
+                    delay = self._delay_s(error, failures)
+                    if delay is None:
+                        raise
+                with record.backing_off():
+                    await asyncio.sleep(delay)
+                candidate = await self._embedder(ask, record)
+
+    async def _embedder(self, ask: Ask, record: Record) -> Candidate:
+        """The model that may be called now."""
+        admission = await self.admit(ask, record.below)
+        with record.waiting():
+            async with aclosing(self._wait(ask, admission, record)) as news:
                 async for item in news:
-                    granted = item if isinstance(item, Granted) else granted
-            assert granted is not None
-            entry = granted.route.first.entry
-            try:
-                async with asyncio.timeout(self._limits.total_s):
-                    async with self.leases.calling(entry.full_name):
-                        return await self._backend.embed(entry, texts, self._lease_on(entry).epoch)
-            except TimeoutError:
-                raise DeadlineExceeded.during("total", self._limits.total_s, entry.provider) from None
-            except RotundaError as error:
-                self.leases.drop(entry.full_name)
-                left += isinstance(error, ReplicaRetired)
-                failures += not isinstance(error, ReplicaRetired) or left > MOST_RETIREMENTS
-                delay = self._delay_s(error, failures)
-                if delay is None:
-                    raise
-            await asyncio.sleep(delay)
+                    if isinstance(item, Granted):
+                        return item.route.first
+                    record.heard(item)
+        raise AssertionError("a wait ends with a grant, or raises")
+
+    async def _embedded(self, entry: Entry, request: EmbeddingRequest, record: Record) -> Embeddings:
+        request = replace(request, model=entry.id, trace=record.carrier)
+        try:
+            async with asyncio.timeout(self._limits.total_s), self.leases.calling(entry.full_name):
+                return await self._backend.embed(entry, request, self._lease_on(entry).epoch)
+        except TimeoutError:
+            raise DeadlineExceeded.during("total", self._limits.total_s, entry.provider) from None
 
     async def _wait(
         self, ask: Ask, admission: Admission | None, record: Record | None = None

@@ -180,6 +180,7 @@ class LiveReply:
     def move(self) -> None:
         """End the generation without an end of the stream: another ingress goes on with it."""
         self.moved = True
+        self.trace.hand_over()
         self._cancel()
 
     def run(self, generation: asyncio.Task[Any]) -> None:
@@ -196,7 +197,7 @@ class LiveReply:
 
     def add(self, delta: Delta) -> None:
         """Pass a delta on at once, and count its tokens."""
-        self.token_count += len(delta.token_ids)
+        self.token_count += delta.tokens
         self._held += delta.token_ids
         if delta.text:
             first = not self._parts

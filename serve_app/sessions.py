@@ -283,7 +283,8 @@ class Sessions:
         wanted = session.wanted or Wanted()
         conversation = await self._store.get_conversation(session.conversation_id)
         question = await self._store.get_message(session.question_id or "")
-        trace = self._tracing.continued("adopt", wanted.trace)
+        trace = self._tracing.going_on("adopt", wanted.trace)
+        trace.follows(session.trace_id, session.id)
         trace.keep(session.id, conversation.id)
         trace.end()  # as soon as the reply has
         reply = LiveReply(conversation, session, question, wanted, trace, self._limits, told=told)

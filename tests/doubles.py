@@ -11,7 +11,7 @@ import contextlib
 import functools
 import shutil
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from serve_app.api.services import Services
 from serve_app.config import Settings
 from serve_app.domain.backoff import Backoff
 from serve_app.domain.catalog import Capability, Catalogue, Entry, ModelInfo, ModelState, application_name
-from serve_app.domain.embeddings import Embeddings
+from serve_app.domain.embeddings import EmbeddingRequest, Embeddings
 from serve_app.domain.errors import ProviderUnavailable
 from serve_app.domain.fleet import Failed, Fleet, FleetView, ProviderStatus, Report
 from serve_app.domain.generation import GenerationRequest, Item
@@ -44,7 +44,7 @@ from serve_app.store import migrate
 from serve_app.store.images import ImageFiles
 from serve_app.store.passwords import Passwords
 from serve_app.store.store import Store
-from serve_app.telemetry.recording import generation
+from serve_app.telemetry.recording import in_replica
 from serve_app.telemetry.tracing import Tracing
 
 CHAT = frozenset({Capability.CHAT, Capability.COMPLETION})
@@ -167,16 +167,20 @@ class LocalBackend:
         if entry.id in self.loading:
             await self.loading[entry.id].wait()
         self._router.put(entry.id, ModelState.READY)
-        with generation(self.tracing, request, entry.id) as request:
+        with in_replica(self.tracing, request, entry.id) as request:
             items = self.engines[entry.id].generate(request)
             assert isinstance(items, AsyncGenerator)
             async with aclosing(items):
                 async for item in items:
                     yield item
 
-    async def embed(self, entry: Entry, texts: Sequence[str], epoch: int) -> Embeddings:
+    async def embed(self, entry: Entry, request: EmbeddingRequest, epoch: int) -> Embeddings:
         """Vectors that tell the lengths of their texts."""
-        return Embeddings(tuple((float(len(text)), 1.0) for text in texts), sum(len(text.split()) for text in texts))
+        texts = request.texts
+        with in_replica(self.tracing, request, entry.id) as request:
+            return Embeddings(
+                tuple((float(len(text)), 1.0) for text in texts), sum(len(text.split()) for text in texts)
+            )
 
 
 @dataclass

@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict
 from starlette.responses import JSONResponse
 
 from serve_app.api.body import json_body
-from serve_app.api.context import caller_of
+from serve_app.api.context import caller_of, trace_of
 from serve_app.api.services import Services
 from serve_app.api.validation import read
 from serve_app.domain.catalog import Capability
-from serve_app.domain.embeddings import Embeddings
+from serve_app.domain.embeddings import EmbeddingRequest, Embeddings
 from serve_app.domain.errors import InvalidInput
 from serve_app.domain.generation import Priority
 from serve_app.domain.routing import Ask
@@ -52,11 +52,15 @@ def embeddings_router(services: Services) -> APIRouter:
 
     @router.post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:
-        body = read(EmbeddingsBody, await json_body(request))
+        trail = trace_of(request.scope)
+        with trail.reading():
+            body = read(EmbeddingsBody, await json_body(request))
+            texts = tuple(body.texts())
         needs = frozenset({Capability.EMBEDDINGS})
         caller = caller_of(request) or "anonymous"
         ask = Ask(secrets.token_hex(16), body.model, needs, priority=Priority.NORMAL, caller=caller)
-        found = await services.gateway.embed(ask, body.texts())
+        wanted = EmbeddingRequest(ask.ticket, body.model, texts, body.encoding_format or "float", trail.carrier())
+        found = await services.gateway.embed(ask, wanted, trail)
         return JSONResponse(_answer(body, found))
 
     return router

@@ -49,14 +49,16 @@ class Completions:
 
     async def chat(self, request: Request) -> Response:
         """``POST /v1/chat/completions``, streamed or whole."""
-        value, caller = await json_body(request), caller_of(request) or ANONYMOUS
-        order = await read_chat(value, self._services.intake, caller, trace_of(request.scope))
+        trail, caller = trace_of(request.scope), caller_of(request) or ANONYMOUS
+        with trail.reading():
+            order = await read_chat(await json_body(request), self._services.intake, caller, trail)
         return await self._answer(request, order, ChatShape())
 
     async def text(self, request: Request) -> Response:
         """``POST /v1/completions``, streamed or whole."""
-        value, caller = await json_body(request), caller_of(request) or ANONYMOUS
-        order = read_completion(value, caller, trace_of(request.scope))
+        trail, caller = trace_of(request.scope), caller_of(request) or ANONYMOUS
+        with trail.reading():
+            order = read_completion(await json_body(request), caller, trail)
         return await self._answer(request, order, TextShape())
 
     async def _answer(self, request: Request, order: Order, shape: Shape) -> Response:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from datetime import UTC, datetime
 
 from fastapi import APIRouter, Request, Response
@@ -44,7 +44,7 @@ class Streams:
     async def begin(self, request: Request) -> Response:
         """``POST /api/stream-message``: what can be refused is refused before the stream opens."""
         trace = trace_of(request.scope)
-        with trace.phase("request.read"):
+        with trace.reading():
             body, images = await stream_message(request)
             longest = self._services.settings.max_message_chars
             if len(body.message) > longest:
@@ -76,8 +76,13 @@ class Streams:
             )
 
         try:
-            async with self._services.intake.receive(images) as received:
-                reply = await self._begun(existing or await self._create(body), wanted, received, existing is None)
+            async with AsyncExitStack() as block:
+                received = Received()
+                if images:
+                    with trace.phase("images.read"):
+                        received = await block.enter_async_context(self._services.intake.receive(images))
+                conversation = existing or await self._create(body, trace)
+                reply = await self._begun(conversation, wanted, received, existing is None)
         except AlreadyBegun as begun:
             return await self._join(await self._services.store.get_session(begun.session_id), print_, body, request)
         return self._following(reply.session, 0)
@@ -110,11 +115,12 @@ class Streams:
         """``GET /api/stream-message/{sessionId}``: replay what was sent after an event, and follow."""
         after = _position(request)
         services = self._services
-        session = await services.store.get_session(session_id)
-        await services.access.conversation(
-            session.conversation_id, token=token_of(request), address=address_of(request)
-        )
         trace = trace_of(request.scope)
+        with trace.phase("store.read"):
+            session = await services.store.get_session(session_id)
+            await services.access.conversation(
+                session.conversation_id, token=token_of(request), address=address_of(request)
+            )
         trace.follows(session.trace_id, session.id)
         chunks = _encoded(services.sessions.follow(session, after))
         return EventStream(_followed(trace, chunks), self._heartbeat_s)
@@ -148,11 +154,12 @@ class Streams:
             body.conversation_id, password=body.password, token=token_of(request), address=address_of(request)
         )
 
-    async def _create(self, body: StreamMessage) -> Conversation:
+    async def _create(self, body: StreamMessage, trace: Trail) -> Conversation:
         """A new conversation; as everywhere, a password makes it private."""
         hash = None if body.password is None else await self._services.passwords.hash(body.password)
         title = " ".join(body.message.split())[:TITLE_LENGTH] or "New conversation"
-        return await self._services.store.create_conversation(new_id(), title, body.model, hash, body.system_prompt)
+        with trace.phase("store.write"):
+            return await self._services.store.create_conversation(new_id(), title, body.model, hash, body.system_prompt)
 
     async def _discard(self, conversation: Conversation) -> None:
         """The conversation was made for a reply that could not begin, and nobody knows its id."""

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from serve_app.domain.generation import Marks
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRequest:
+    """Texts to embed. ``trace`` and ``marks`` are as those of a generation request."""
+
+    request_id: str
+    model: str
+    texts: tuple[str, ...] = field(repr=False)
+    encoding: str = "float"
+    trace: Mapping[str, str] = field(default_factory=dict)
+    marks: Marks = field(default_factory=Marks, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

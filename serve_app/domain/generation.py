@@ -362,6 +362,11 @@ class Delta:
     tool_calls: tuple[ToolCallPart, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens it stands for: a server that tells no ids sends a token at a time."""
+        return len(self.token_ids) or 1
+
     @classmethod
     def joined(cls, deltas: Sequence[Delta]) -> Delta:
         """All of them as one, in their order."""

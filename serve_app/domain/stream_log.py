@@ -218,7 +218,7 @@ class Transcript:
             self.earlier = row.offset
         self.origin = row.origin
         self.token_ids += row.origin.token_ids
-        self.token_count += len(row.origin.token_ids)
+        self.token_count += len(row.origin.token_ids) or len(row.lengths)  # of a server that tells no ids
         at = 0
         for seq, length in enumerate(row.lengths, row.seq):
             self.events.append(Numbered(seq, Token(row.text[at : at + length], row.offset + at)))

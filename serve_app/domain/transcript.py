@@ -117,9 +117,9 @@ class Transcript:
     def _told(self, delta: Delta | None) -> Sequence[Item]:
         if delta is None:
             return ()
-        part, tokens = self.parts[-1], len(delta.token_ids) or 1  # a server that tells no ids sends a token at a time
-        self._spent += tokens
-        part.tokens += tokens
+        part = self.parts[-1]
+        self._spent += delta.tokens
+        part.tokens += delta.tokens
         self._ids += delta.token_ids
         if delta.text:
             self._texts.append(delta.text)

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from serve_app.domain.catalog import ModelInfo
 from serve_app.domain.embeddings import Embeddings
-from serve_app.domain.generation import GenerationRequest, Item
+from serve_app.domain.generation import GenerationRequest, Item, Marks
 
 Progress = Callable[[str, float], None]
 """Told about a load: the phase ("import", "weights", "warmup") and how much of it is done (0 to 1). Must not raise."""
@@ -88,6 +88,6 @@ class Engine(Protocol):
 class Embedder(Engine, Protocol):
     """An engine whose model makes vectors."""
 
-    async def embed(self, texts: Sequence[str]) -> Embeddings:
-        """One vector for each text. Raises :class:`RotundaError` only."""
+    async def embed(self, texts: Sequence[str], marks: Marks | None = None) -> Embeddings:
+        """One vector for each text; ``marks`` are filled in. Raises :class:`RotundaError` only."""
         ...

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from serve_app.domain.errors import (
     InvalidInput,
     ModelLoadFailed,
 )
-from serve_app.domain.generation import GenerationRequest, Item
+from serve_app.domain.generation import GenerationRequest, Item, Marks
 from serve_app.engines.base import Counters, EngineOptions, Progress, no_progress
 from serve_app.engines.faults import translate
 from serve_app.engines.ledger import Ledger, check_room, shutting_down
@@ -83,6 +84,7 @@ def _read(path: Path) -> Any:
 class _Job:
     ids: list[list[int]]
     done: asyncio.Future[list[list[float]]]
+    marks: Marks
 
 
 class EmbeddingEngine:
@@ -134,7 +136,7 @@ class EmbeddingEngine:
         raise CapabilityMissing(f"{self._info.id} makes embeddings, no text. POST /v1/embeddings asks it.")
         yield  # type: ignore[unreachable]  # it makes this a generator
 
-    async def embed(self, texts: Sequence[str]) -> Embeddings:
+    async def embed(self, texts: Sequence[str], marks: Marks | None = None) -> Embeddings:
         """One vector for each text, in their order.
 
         Raises:
@@ -150,7 +152,7 @@ class EmbeddingEngine:
             ids = await asyncio.get_running_loop().run_in_executor(None, self._tokenize, list(texts))
             self._ledger.start()
             place = "running"
-            vectors = await self._compute(ids)
+            vectors = await self._compute(ids, marks or Marks())
             outcome = "finished"
         except asyncio.CancelledError:
             outcome = "cancelled"
@@ -174,9 +176,9 @@ class EmbeddingEngine:
             )
         return ids
 
-    async def _compute(self, ids: list[list[int]]) -> list[list[float]]:
+    async def _compute(self, ids: list[list[int]], marks: Marks) -> list[list[float]]:
         loop = asyncio.get_running_loop()
-        job = _Job(ids, loop.create_future())
+        job = _Job(ids, loop.create_future(), marks)
         self._waiting.append(job)
         if self._pump is None or self._pump.done():
             self._pump = loop.create_task(self._work())
@@ -188,6 +190,8 @@ class EmbeddingEngine:
         while self._waiting:
             jobs, self._waiting = [job for job in self._waiting if not job.done.done()], []
             rows = [row for job in jobs for row in job.ids]
+            for job in jobs:
+                job.marks.started = time.monotonic()
             try:
                 vectors = await loop.run_in_executor(self._thread, self._vectors, rows)
             except Exception as fault:  # the border to the libraries

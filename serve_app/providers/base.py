@@ -6,11 +6,11 @@ that another replica would need.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from typing import Protocol
 
 from serve_app.domain.catalog import ModelInfo
-from serve_app.domain.embeddings import Embeddings
+from serve_app.domain.embeddings import EmbeddingRequest, Embeddings
 from serve_app.domain.generation import GenerationRequest, Item
 
 
@@ -38,7 +38,7 @@ class Provider(Protocol):
         """
         ...
 
-    async def embed(self, model: str, texts: Sequence[str]) -> Embeddings:
+    async def embed(self, request: EmbeddingRequest) -> Embeddings:
         """One vector for each text."""
         ...
 

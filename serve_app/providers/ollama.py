@@ -10,14 +10,14 @@ import asyncio
 import base64
 import json
 import secrets
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 from serve_app.config import Settings, UpstreamArgs, read_secret
 from serve_app.domain.catalog import Capability, ModelInfo, Task
-from serve_app.domain.embeddings import Embeddings
+from serve_app.domain.embeddings import EmbeddingRequest, Embeddings
 from serve_app.domain.errors import CapabilityMissing, InvalidConfig, RotundaError
 from serve_app.domain.generation import (
     Accepted,
@@ -155,14 +155,14 @@ class Ollama:
             raise self._wire.failure(sentence(chunk))
         return chunk
 
-    async def embed(self, model: str, texts: Sequence[str]) -> Embeddings:
-        body = {"model": model, "input": list(texts), "truncate": False}
-        answer = await self._wire.post("/api/embed", body, model, self._wire.times.first_token_s)
+    async def embed(self, request: EmbeddingRequest) -> Embeddings:
+        body = {"model": request.model, "input": list(request.texts), "truncate": False}
+        answer = await self._wire.post("/api/embed", body, request.model, self._wire.times.first_token_s, request.trace)
         try:
             vectors = tuple(tuple(float(value) for value in vector) for vector in answer["embeddings"])
         except (TypeError, ValueError, KeyError):
             raise self._wire.nonsense("it holds no embeddings") from None
-        if len(vectors) != len(texts):
+        if len(vectors) != len(request.texts):
             raise self._wire.nonsense("it holds too few embeddings")
         return Embeddings(vectors, number(answer, "prompt_eval_count"))
 

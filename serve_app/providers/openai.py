@@ -8,14 +8,14 @@ answer was cut off, whatever else came. Usage comes in an event of its own after
 from __future__ import annotations
 
 import base64
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
 from serve_app.config import Settings, UpstreamArgs, read_secret
 from serve_app.domain.catalog import Capability, ModelInfo, Task
-from serve_app.domain.embeddings import Embeddings
+from serve_app.domain.embeddings import EmbeddingRequest, Embeddings
 from serve_app.domain.errors import CapabilityMissing, InvalidConfig, InvalidInput, ModelNotFound, ProviderError
 from serve_app.domain.generation import (
     Accepted,
@@ -187,15 +187,17 @@ class OpenAI:
         except TooLong:
             raise self._wire.nonsense(f"an event has more than {MOST_LINE} bytes") from None
 
-    async def embed(self, model: str, texts: Sequence[str]) -> Embeddings:
-        body = {"model": model, "input": list(texts), "encoding_format": "float"}
-        answer = await self._wire.post("/embeddings", body, model, self._wire.times.first_token_s)
+    async def embed(self, request: EmbeddingRequest) -> Embeddings:
+        body = {"model": request.model, "input": list(request.texts), "encoding_format": "float"}
+        answer = await self._wire.post(
+            "/embeddings", body, request.model, self._wire.times.first_token_s, request.trace
+        )
         rows = sorted(objects(answer, "data"), key=lambda row: number(row, "index"))
         try:
             vectors = tuple(tuple(float(value) for value in row["embedding"]) for row in rows)
         except (TypeError, ValueError, KeyError):
             raise self._wire.nonsense("it holds no embeddings") from None
-        if len(vectors) != len(texts):
+        if len(vectors) != len(request.texts):
             raise self._wire.nonsense("it holds too few embeddings")
         return Embeddings(vectors, number(answer.get("usage"), "prompt_tokens"))
 

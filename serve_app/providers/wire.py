@@ -83,9 +83,16 @@ class Wire:
         """The JSON value that a GET answers with."""
         return await self._answer("GET", path, None, None, self.times.answer_s, headers or {})
 
-    async def post(self, path: str, body: Mapping[str, Any], model: str | None, within_s: float | None = None) -> Any:
+    async def post(
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        model: str | None,
+        within_s: float | None = None,
+        trace: Mapping[str, str] | None = None,
+    ) -> Any:
         """The JSON value that a POST answers with."""
-        return await self._answer("POST", path, body, model, within_s or self.times.answer_s, {})
+        return await self._answer("POST", path, body, model, within_s or self.times.answer_s, trace or {})
 
     async def open(self, path: str, body: Mapping[str, Any], model: str, trace: Mapping[str, str]) -> Stream:
         """POST and return once the server begins to answer with success; close what you get."""

@@ -115,7 +115,7 @@ async def append_many(connection: AsyncConnection, batches: Sequence[tuple[str, 
 async def written(connection: AsyncConnection, ids: Collection[str]) -> dict[str, Written]:
     """What the log holds of each reply; nothing of one without a log."""
     found = {id: Written() for id in ids}
-    columns = (events.session_id, events.seq_to, events.kind, events.text, events.token_ids)
+    columns = (events.session_id, events.seq, events.seq_to, events.kind, events.text, events.token_ids)
     for some in chunks(found):
         query = select(*columns, events.model, events.provider).where(events.session_id.in_(some))
         for row in await connection.execute(query.order_by(events.session_id, events.seq)):
@@ -123,7 +123,8 @@ async def written(connection: AsyncConnection, ids: Collection[str]) -> dict[str
             one.seq = row.seq_to
             if row.kind == TOKEN:
                 one.parts.append(row.text)
-                one.token_count += row.token_ids.count(",") + 1 if row.token_ids else 0
+                untold = row.seq_to - row.seq + 1  # of a server that tells no ids, an event is a token
+                one.token_count += row.token_ids.count(",") + 1 if row.token_ids else untold
                 one.model, one.provider = row.model, row.provider
     return found
 

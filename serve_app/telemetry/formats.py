@@ -38,6 +38,14 @@ def as_tree(rows: Sequence[SpanRow]) -> dict[str, Any]:
             "instance": body["resource"].get(semconv.SERVICE_INSTANCE),
             "attributes": body["attributes"],
             "links": body["links"],
+            "events": [
+                {
+                    "name": event["name"],
+                    "atMs": round((event["at"] - first) / 1e6, 3),
+                    "attributes": event["attributes"],
+                }
+                for event in _events(body)
+            ],
             "children": [node(child) for child in below[row.span_id]],
         }
 
@@ -78,8 +86,21 @@ def _otlp_span(row: SpanRow) -> dict[str, Any]:
         "endTimeUnixNano": str(row.end_ns),
         "attributes": _key_values(body["attributes"]),
         "links": [{**link, "attributes": _key_values(link["attributes"])} for link in body["links"]],
+        "events": [
+            {
+                "name": event["name"],
+                "timeUnixNano": str(event["at"]),
+                "attributes": _key_values(event["attributes"]),
+            }
+            for event in _events(body)
+        ],
         "status": {"code": row.status, **({"message": body["message"]} if body["message"] else {})},
     }
+
+
+def _events(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What happened during the span; spans that an earlier version stored tell none."""
+    return list(body.get("events", ()))
 
 
 def _key_values(attributes: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -122,4 +143,16 @@ def as_perfetto(rows: Sequence[SpanRow]) -> dict[str, Any]:
                 "args": {**body["attributes"], "status": STATUSES[row.status]},
             }
         )
+        events += [
+            {
+                "ph": "i",
+                "s": "t",
+                "name": event["name"],
+                "ts": event["at"] / 1000,
+                "pid": processes[name],
+                "tid": 1,
+                "args": event["attributes"],
+            }
+            for event in _events(body)
+        ]
     return {"traceEvents": events, "displayTimeUnit": "ms"}

@@ -62,7 +62,9 @@ class Metrics:
             labels,
             semconv.PER_TOKEN_BUCKETS,
         )
-        self._tokens = self._counter("rotunda_tokens", "Tokens of whole replies.", ["type", "model", "provider"])
+        self._tokens = self._counter(
+            "rotunda_tokens", "Tokens that requests brought and replies were made of.", ["type", "model", "provider"]
+        )
         self._sessions = self._counter("rotunda_sessions", "Stream sessions that have ended.", ["status", "reason"])
         self._loads = self._counter("rotunda_loads", "Loads of models.", ["model", "outcome"])
         self._load_time = self._histogram(
@@ -84,19 +86,29 @@ class Metrics:
         """Ask ``look`` for figures whenever a snapshot is taken; see :func:`gauge` and :func:`counter`."""
         self._registry.register(_Watched(look))
 
-    def reply(self, about: Mapping[str, Any], timing: Timing, usage: Usage | None, error: str | None) -> None:
-        """A reply has ended. ``about``: the attributes of its span; ``error``: the same error type as there."""
+    def reply(
+        self, about: Mapping[str, Any], timing: Timing, usage: Usage | None, error: str | None, whole: bool
+    ) -> None:
+        """A reply has ended, whole or not: the convention wants the times of those that succeeded only.
+
+        Args:
+            about: the attributes of its span.
+            timing: where its time went.
+            usage: its tokens, of one that broke off those that there were; None when the model never had it.
+            error: the same error type as on the span.
+            whole: whether it came to its own end.
+        """
         values = [str(about.get(name) or "") for name in _REPLY]
         self._duration.labels(*values, error or "").observe(timing.total_s)
         if usage is None:
             return
-        if timing.ttft_s is not None:
-            self._first_token.labels(*values).observe(timing.ttft_s)
-        if usage.completion_tokens > 1:
-            self._per_token.labels(*values).observe(timing.decode_s / (usage.completion_tokens - 1))
         model, provider = values[3], values[1]
         self._tokens.labels("input", model, provider).inc(usage.prompt_tokens)
         self._tokens.labels("output", model, provider).inc(usage.completion_tokens)
+        if whole and timing.ttft_s is not None:
+            self._first_token.labels(*values).observe(timing.ttft_s)
+        if whole and usage.completion_tokens > 1:
+            self._per_token.labels(*values).observe(timing.decode_s / (usage.completion_tokens - 1))
 
     def session_ended(self, status: str, reason: str = "") -> None:
         self._sessions.labels(status, reason).inc()

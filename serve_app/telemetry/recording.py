@@ -1,6 +1,6 @@
 """What becomes of a reply's few timestamps: its :class:`Timing`, the spans of its way and the figures on them.
 
-:class:`Record` is the ingress's side, :func:`generation` the replica's. Neither does anything per token.
+:class:`Record` is the ingress's side, :func:`in_replica` the replica's. Neither does anything per token.
 """
 
 from __future__ import annotations
@@ -11,24 +11,30 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
+from typing import TypeVar
 
 from opentelemetry.util.types import AttributeValue
 
+from serve_app.domain.embeddings import EmbeddingRequest, Embeddings
 from serve_app.domain.errors import RotundaError
 from serve_app.domain.events import Loading, Queued
-from serve_app.domain.generation import Accepted, Delta, Finish, GenerationRequest, Marks, Timing
+from serve_app.domain.generation import Accepted, Delta, Finish, GenerationRequest, Marks, Timing, Usage
 from serve_app.domain.routing import Candidate
 from serve_app.telemetry import semconv
 from serve_app.telemetry.logs import about
 from serve_app.telemetry.propagation import TraceContext, from_carrier
 from serve_app.telemetry.tracing import CLIENT, Attributes, Tracing, Trail, error_type
+from serve_app.telemetry.waits import Wait
+
+Request = TypeVar("Request", GenerationRequest, EmbeddingRequest)
 
 SENT = "rotunda-sent"
 """In the carrier: when the call was made, in nanoseconds since the epoch."""
 
 
 class Record:
-    """The clock and the trail of one reply. As a context manager it ends the span ``chat {model}``, however that ends.
+    """The clock and the trail of one reply. As a context manager it ends the span ``chat {model}``, however that ends;
+    of vectors, ``embeddings {model}``.
 
     Args:
         trail: of the request that wants the reply.
@@ -36,7 +42,7 @@ class Record:
         clock: monotonic seconds.
     """
 
-    def __init__(self, trail: Trail, request: GenerationRequest, clock: Callable[[], float]) -> None:
+    def __init__(self, trail: Trail, request: GenerationRequest | EmbeddingRequest, clock: Callable[[], float]) -> None:
         self.trail = trail
         self.started = clock()
         self.first: float | None = None
@@ -47,9 +53,10 @@ class Record:
         self.admitted: float | None = None
         """When the router granted the request."""
         self._called, self._called_ns = self.started, time.time_ns()
+        self._accepted_ns: int | None = None
         self._load_s = self._queue_load_s = 0.0
         self._waited = self._loading = False
-        self._wait: Trail | None = None
+        self._wait: Wait | None = None
         self._about: dict[str, AttributeValue | None] = {}
         self._chat: Trail | None = None
         self._attempt = trail
@@ -57,35 +64,49 @@ class Record:
         self._last: TraceContext | None = None
         self._candidate: Candidate | None = None
         self._finish: Finish | None = None
+        self._vectors: Embeddings | None = None
+        self._read: int | None = None
+        self._made = _spent(request)
+        """Tokens that the model has read, None before it has, and those that were made of the reply so far."""
         self._deltas: list[Delta] = []
 
     def __enter__(self) -> Record:
         return self
 
+    @property
+    def below(self) -> Trail:
+        """Where the present phase hangs: the reply's own span, once there is one."""
+        return self._chat or self.trail
+
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Until the router grants the request."""
         try:
-            with self.trail.phase("rotation.wait") as self._wait:
+            with self._waiting(self.below):
                 yield
         finally:
-            self.admitted = self._clock()
+            self.admitted = self.admitted or self._clock()
 
     @contextmanager
     def securing(self) -> Iterator[None]:
         """Until the router grants another candidate than the one that it granted at first."""
-        with (self._chat or self.trail).phase("rotation.wait") as self._wait:
+        with self._waiting(self.below):
             yield
+
+    @contextmanager
+    def _waiting(self, below: Trail) -> Iterator[None]:
+        with below.phase("rotation.wait") as trail:
+            self._wait = Wait(trail, self._clock)
+            try:
+                yield
+            finally:
+                self._wait.end()
 
     def heard(self, news: Queued | Loading) -> None:
         """What the request waits for."""
         self._waited = True
-        if self._wait is None:
-            return
-        if isinstance(news, Queued):
-            self._wait.note({semconv.POSITION: news.position, semconv.REASON: news.reason})
-        else:
-            self._wait.note({semconv.EVICTING: list(news.evicting) or None})
+        if self._wait is not None:
+            self._wait.heard(news)
 
     def loaded(self, seconds: float) -> None:
         """The request waited for so long until its model was in memory."""
@@ -95,7 +116,7 @@ class Record:
 
     def chosen(self, candidates: tuple[Candidate, ...]) -> None:
         """The models that will be tried, in this order: the reply begins."""
-        operation = semconv.TEXT_COMPLETION if self._request.raw else semconv.CHAT
+        operation = _operation(self._request)
         self._about = {semconv.OPERATION: operation, **_asked(self._request, candidates), **self.trail.about}
         self._chat = self.trail.child(
             f"{operation} {candidates[0].name}",
@@ -103,7 +124,7 @@ class Record:
             attributes=self._about,
             span_id=_span_id(self._request.request_id),
         )
-        if self._chat.captures:
+        if self._chat.captures and isinstance(self._request, GenerationRequest):
             self._chat.note(
                 {
                     semconv.INPUT_MESSAGES: _messages(
@@ -119,8 +140,9 @@ class Record:
         self._candidate = candidate
         about(model=candidate.name, provider=candidate.entry.provider)
         self._called, self._called_ns = self._clock(), time.time_ns()
+        self._accepted_ns = None
         self._loading = not candidate.resident
-        self._attempt = trail = (self._chat or self.trail).child(
+        self._attempt = trail = self.below.child(
             f"attempt {self._attempts}",
             CLIENT,
             {} if self._last is None else {"retried": self._last},
@@ -131,10 +153,17 @@ class Record:
             yield
         except BaseException as error:
             self._loaded()
+            self._heard_out()
             trail.end(error)
             raise
         else:
+            self._heard_out()
             trail.end()
+
+    def _heard_out(self) -> None:
+        """The present attempt is over. What it said was read all the while, and on its way after the replica's end."""
+        if self._accepted_ns is not None:
+            self._attempt.past("stream.read", self._accepted_ns, time.time_ns())
 
     def _loaded(self) -> None:
         """The wait of the present attempt for its model to come into memory is over, if it was one."""
@@ -145,11 +174,12 @@ class Record:
     @contextmanager
     def backing_off(self) -> Iterator[None]:
         """Between two attempts."""
-        with (self._chat or self.trail).phase("retry.wait"):
+        with self.below.phase("retry.wait"):
             yield
 
     def accepted(self, item: Accepted) -> None:
         """The model has taken the prompt; one that was not in memory before is now."""
+        self._read, self._accepted_ns = item.prompt_tokens, time.time_ns()
         self._waited = self._waited or self._loading
         self._load_s += self._clock() - self._called if self._loading else 0.0
         self._loaded()
@@ -159,6 +189,7 @@ class Record:
 
     def said(self, delta: Delta) -> None:
         self.first = self.first or self._clock()
+        self._made += delta.tokens
         if self._chat is not None and self._chat.captures:
             self._deltas.append(delta)
 
@@ -166,6 +197,23 @@ class Record:
         """The reply is whole."""
         self._finish = finish
         return self.timing()
+
+    def embedded(self, vectors: Embeddings) -> Embeddings:
+        """The vectors are there."""
+        self._vectors = vectors
+        return vectors
+
+    @property
+    def usage(self) -> Usage | None:
+        """The tokens of the reply, of one that broke off those that there were; None before a model has it, and where
+        another ingress goes on with it."""
+        if self.trail.moved:
+            return None
+        if self._finish is not None:
+            return self._finish.usage
+        if self._vectors is not None:
+            return Usage(self._vectors.prompt_tokens)
+        return None if self._read is None else Usage(self._read, self._made)
 
     def timing(self) -> Timing:
         """Where the time went, up to now."""
@@ -183,25 +231,26 @@ class Record:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._chat is None:
             return
-        timing = self.timing()
-        told = _told(timing, self._candidate, self._finish)
+        timing, usage = self.timing(), self.usage
+        told = _told(timing, self._candidate, self._finish, usage)
+        if self._vectors is not None:
+            told |= {semconv.OUTPUT_TOKENS: None, semconv.DIMENSIONS: len(self._vectors.vectors[0])}
         self._chat.note(told)
         if self._deltas:
             self._chat.note({semconv.OUTPUT_MESSAGES: _messages(("assistant", Delta.joined(self._deltas).text))})
-        if self._finish is not None:
+        whole = self._finish is not None or self._vectors is not None
+        if whole:
             error = None  # whoever closes the iterator after the last step cancels nothing
         self._chat.end(error)
-        if self.trail.metrics is not None:
-            usage = self._finish.usage if self._finish else None
+        if self.trail.metrics is not None and not self.trail.moved:
             failed = error_type(error) if isinstance(error, Exception) else None
-            self.trail.metrics.reply({**self._about, **told}, timing, usage, failed)
+            self.trail.metrics.reply({**self._about, **told}, timing, usage, failed, whole)
 
 
 @contextmanager
-def generation(
-    tracing: Tracing, request: GenerationRequest, model: str, remote: bool = False
-) -> Iterator[GenerationRequest]:
-    """The span ``generate {model}`` of a request in the replica that serves it, with the engine's phases below it.
+def in_replica(tracing: Tracing, request: Request, model: str, remote: bool = False) -> Iterator[Request]:
+    """The span ``generate {model}`` (``embed {model}``) of a request in the replica that serves it, with the engine's
+    phases below it.
 
     Args:
         remote: whether the model runs elsewhere: then only the wait for the first text and what follows can be told.
@@ -209,7 +258,8 @@ def generation(
     Yields:
         The request as the engine gets it: with marks to fill in, and the carrier for whatever it calls.
     """
-    trail = tracing.continued(f"generate {model}", request.trace, sent=request.trace.get(SENT))
+    work = "generate" if isinstance(request, GenerationRequest) else "embed"
+    trail = tracing.continued(f"{work} {model}", request.trace, sent=request.trace.get(SENT))
     began, offset_ns = time.monotonic(), time.time_ns() - time.monotonic_ns()
     about(trace_id=trail.trace_id, model=model)
     marks = Marks()
@@ -269,11 +319,28 @@ def _phases(marks: Marks, began: float, ended: float, remote: bool) -> Iterator[
         yield ("upstream.stream" if remote else "decode"), first, ended
 
 
-def _asked(request: GenerationRequest, candidates: tuple[Candidate, ...]) -> Attributes:
-    options = request.options
-    return {
+def _operation(request: GenerationRequest | EmbeddingRequest) -> str:
+    if isinstance(request, EmbeddingRequest):
+        return semconv.EMBEDDINGS
+    return semconv.TEXT_COMPLETION if request.raw else semconv.CHAT
+
+
+def _spent(request: GenerationRequest | EmbeddingRequest) -> int:
+    """Tokens that another ingress has made of the reply."""
+    begun = request.continuation if isinstance(request, GenerationRequest) else None
+    return begun.spent if begun else 0
+
+
+def _asked(request: GenerationRequest | EmbeddingRequest, candidates: tuple[Candidate, ...]) -> Attributes:
+    asked = {
         semconv.PROVIDER: candidates[0].entry.provider,
         semconv.REQUEST_MODEL: request.model or candidates[0].name,
+    }
+    if isinstance(request, EmbeddingRequest):
+        return {**asked, semconv.REQUEST_ENCODING_FORMATS: [request.encoding]}
+    options = request.options
+    return {
+        **asked,
         semconv.RESPONSE_ID: request.request_id,
         semconv.OUTPUT_TYPE: "json" if options.response_format else "text",
         semconv.REQUEST_TEMPERATURE: options.temperature,
@@ -287,9 +354,10 @@ def _asked(request: GenerationRequest, candidates: tuple[Candidate, ...]) -> Att
     }
 
 
-def _told(timing: Timing, candidate: Candidate | None, finish: Finish | None) -> Attributes:
+def _told(
+    timing: Timing, candidate: Candidate | None, finish: Finish | None, usage: Usage | None
+) -> dict[str, AttributeValue | None]:
     """What is known at the end; usage stands on this span and on no other."""
-    usage = finish.usage if finish else None
     return {
         semconv.PROVIDER: candidate.entry.provider if candidate else None,
         semconv.RESPONSE_MODEL: candidate.name if candidate else None,

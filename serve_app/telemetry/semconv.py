@@ -7,7 +7,7 @@ General ones: https://github.com/open-telemetry/semantic-conventions v1.41. Name
 
 from __future__ import annotations
 
-# GenAI: attributes of the span `chat {model}`.
+# GenAI: attributes of the spans `chat {model}` and `embeddings {model}`.
 OPERATION = "gen_ai.operation.name"
 PROVIDER = "gen_ai.provider.name"
 CONVERSATION = "gen_ai.conversation.id"
@@ -20,6 +20,7 @@ REQUEST_MAX_TOKENS = "gen_ai.request.max_tokens"
 REQUEST_SEED = "gen_ai.request.seed"
 REQUEST_FREQUENCY_PENALTY = "gen_ai.request.frequency_penalty"
 REQUEST_PRESENCE_PENALTY = "gen_ai.request.presence_penalty"
+REQUEST_ENCODING_FORMATS = "gen_ai.request.encoding_formats"
 RESPONSE_ID = "gen_ai.response.id"
 RESPONSE_MODEL = "gen_ai.response.model"
 FINISH_REASONS = "gen_ai.response.finish_reasons"
@@ -27,6 +28,7 @@ TIME_TO_FIRST_CHUNK = "gen_ai.response.time_to_first_chunk"
 INPUT_TOKENS = "gen_ai.usage.input_tokens"
 OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
 CACHED_TOKENS = "gen_ai.usage.cache_read.input_tokens"
+DIMENSIONS = "gen_ai.embeddings.dimension.count"
 # Opt-in: what was said.
 INPUT_MESSAGES = "gen_ai.input.messages"
 OUTPUT_MESSAGES = "gen_ai.output.messages"

@@ -26,8 +26,8 @@ SWEEP_S = 30.0
 class SpanRow(NamedTuple):
     """One ended span: ids in hex, times in nanoseconds since the epoch, ``kind`` and ``status`` as OTLP numbers them.
 
-    ``root``: whether it is the first of its trace within the platform. ``body``: JSON with attributes, links, message
-    and resource.
+    ``root``: whether it is the first of its trace within the platform. ``body``: JSON with attributes, links,
+    events, message and resource.
     """
 
     trace_id: str
@@ -61,7 +61,7 @@ def rows_of(spans: Iterable[ReadableSpan]) -> list[SpanRow]:
 def _row(span: ReadableSpan) -> SpanRow:
     context, parent = span.get_span_context(), span.parent
     assert context is not None
-    body = {
+    body: dict[str, Any] = {
         "attributes": dict(span.attributes or {}),
         "links": [
             {
@@ -70,6 +70,10 @@ def _row(span: ReadableSpan) -> SpanRow:
                 "attributes": dict(link.attributes or {}),
             }
             for link in span.links
+        ],
+        "events": [
+            {"name": event.name, "at": event.timestamp, "attributes": dict(event.attributes or {})}
+            for event in span.events
         ],
         "message": span.status.description,
         "resource": {name: span.resource.attributes.get(name) for name in _RESOURCE},

@@ -18,7 +18,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -31,8 +31,8 @@ from serve_app.domain.conversation import TerminationReason
 from serve_app.domain.errors import InvalidInput, ProviderError, RotundaError
 from serve_app.telemetry import semconv
 from serve_app.telemetry.logs import about
-from serve_app.telemetry.metrics import Labels, Metric, Metrics, counter
-from serve_app.telemetry.pipeline import Ids, OneDecision, Outgoing
+from serve_app.telemetry.metrics import Labels, Metric, Metrics, counter, gauge
+from serve_app.telemetry.pipeline import Counted, Ids, OneDecision, Outgoing
 from serve_app.telemetry.propagation import TraceContext, from_carrier, new_trace
 
 logger = logging.getLogger(__name__)
@@ -46,8 +46,16 @@ Attributes = Mapping[str, AttributeValue | None]
 class Tracing:
     """What makes the spans of a process; made by :meth:`set_up`. Pickles into nothing: each process sets up its own."""
 
-    def __init__(self, provider: TracerProvider | None, outgoing: Outgoing, ids: Ids, capture: bool = False) -> None:
+    def __init__(
+        self,
+        provider: TracerProvider | None,
+        outgoing: Outgoing,
+        ids: Ids,
+        decision: OneDecision | None = None,
+        capture: bool = False,
+    ) -> None:
         self._provider = provider
+        self._decision = decision
         self._tracer = provider.get_tracer("rotunda") if provider else None
         self._ids = ids
         self.outgoing = outgoing
@@ -63,9 +71,11 @@ class Tracing:
 
     def _figures(self) -> Iterator[Metric]:
         outgoing = self.outgoing
-        counts = {"ended": outgoing.ended, "dropped": outgoing.dropped}
+        counts = {"ended": outgoing.ended, "dropped": outgoing.dropped, "refused": outgoing.refused}
         spans: dict[Labels, float] = {(("outcome", outcome),): float(count) for outcome, count in counts.items()}
         yield counter("rotunda_spans", "Spans of the living processes and what became of them.", spans)
+        unsent: dict[Labels, float] = {(): float(outgoing.unsent)}
+        yield gauge("rotunda_spans_unsent", "Spans that would be lost if their processes were killed.", unsent)
 
     @classmethod
     def off(cls) -> Tracing:
@@ -90,24 +100,38 @@ class Tracing:
     def _made(cls, role: str, instance: str, environ: Mapping[str, str]) -> Tracing:
         exports = exports_elsewhere(environ)
         ids, outgoing = Ids(), Outgoing(keep=not exports)
+        decision = OneDecision(sampling._get_from_env_or_default())
         provider = TracerProvider(
-            sampler=OneDecision(sampling._get_from_env_or_default()),
+            sampler=decision,
             resource=_resource(role, instance, environ),
             shutdown_on_exit=False,  # the process's owner flushes, before its event loop is gone
             id_generator=ids,
         )
         provider.add_span_processor(outgoing)
         if exports:
-            provider.add_span_processor(_otlp())
+            provider.add_span_processor(_otlp(outgoing))
         capture = environ.get(semconv.CAPTURE_CONTENT, "").strip().lower() in semconv.CAPTURE_IN_SPANS
-        return cls(provider, outgoing, ids, capture)
+        return cls(provider, outgoing, ids, decision, capture)
 
     def serve(self, name: str, given: TraceContext | None, trust: bool, attributes: Attributes | None = None) -> Trail:
         """The root of a request from outside. A trusted caller's trace goes on; another one's is linked."""
+        parent, links = Context(), () if given is None else (_link(given, "caller"),)
         if given is not None and trust:
-            return self._begin(name, SERVER, _context(given, remote=True), (), attributes)
-        links = () if given is None else (_link(given, "caller"),)
-        return self._begin(name, SERVER, Context(), links, attributes)
+            parent, links = _context(given, remote=True), ()
+        now = time.time_ns()
+        trail = self._begin(name, SERVER, parent, links, attributes, start_ns=now)
+        trail.began_ns = now
+        return trail
+
+    def going_on(self, name: str, carrier: Mapping[str, str]) -> Trail:
+        """A trace of its own for work that goes on where another trace has ended, recorded if that one was."""
+        given = from_carrier(carrier)
+        if self._decision is None or given is None or not given.sampled:
+            return Trail(new_trace(sampled=False), self)
+        self._decision.decided = True
+        trail = self._begin(name, INTERNAL, Context())
+        self._decision.decided = False
+        return trail
 
     def alone(self, name: str, attributes: Attributes | None = None) -> Trail:
         """A trace of its own, for work that belongs to no single request."""
@@ -155,18 +179,23 @@ class Trail:
     """One open span, and the way to those below it. One that is not recorded costs next to nothing.
 
     :attr:`timings` are the seconds that its phases took, by name, recorded or not; :attr:`about` is what the reply's
-    own span shall say of the request.
+    own span shall say of the request; :attr:`moved` whether another ingress goes on with the reply, and counts it;
+    :attr:`began_ns` when a request from outside came.
     """
 
-    __slots__ = ("_ended_ns", "_kept", "_let_go", "_span", "_tracing", "about", "context", "timings")
+    __slots__ = (
+        *("_ended_ns", "_kept", "_let_go", "_span", "_tracing"),
+        *("about", "began_ns", "context", "moved", "timings"),
+    )
 
     def __init__(self, context: TraceContext, tracing: Tracing | None = None, span: trace.Span | None = None) -> None:
         self.context = context
         self.timings: dict[str, float] = {}
         self.about: Attributes = {}
+        self.began_ns: int | None = None
         self._tracing = tracing
         self._span = span
-        self._kept = self._let_go = False
+        self.moved = self._kept = self._let_go = False
         self._ended_ns: int | None = None
 
     def __repr__(self) -> str:
@@ -218,9 +247,14 @@ class Trail:
         return self._tracing._begin(name, kind, parent, found, attributes, start_ns, span_id)
 
     @contextmanager
-    def phase(self, name: str, attributes: Attributes | None = None) -> Iterator[Trail]:
-        """A span around a block of code, which may yield to its consumer; how the block ends is noted."""
-        began, child = time.monotonic(), self.child(name, attributes=attributes)
+    def phase(self, name: str, attributes: Attributes | None = None, since_ns: int | None = None) -> Iterator[Trail]:
+        """A span around a block of code, which may yield to its consumer; how the block ends is noted.
+
+        ``since_ns``: when it began, if that is a while ago; nanoseconds since the epoch.
+        """
+        began, child = time.monotonic(), self.child(name, attributes=attributes, start_ns=since_ns)
+        if since_ns is not None:
+            began -= (time.time_ns() - since_ns) / 1e9
         try:
             yield child
         except BaseException as error:
@@ -231,6 +265,10 @@ class Trail:
         finally:
             self.timings[name] = self.timings.get(name, 0.0) + time.monotonic() - began
 
+    def reading(self) -> AbstractContextManager[Trail]:
+        """The phase ``request.read``, which began when the request came."""
+        return self.phase("request.read", since_ns=self.began_ns)
+
     def past(self, name: str, start_ns: int, end_ns: int, attributes: Attributes | None = None) -> None:
         """A span below this one that is over already."""
         self.child(name, attributes=attributes, start_ns=start_ns).end(at_ns=max(start_ns, end_ns))
@@ -238,6 +276,11 @@ class Trail:
     def note(self, attributes: Attributes) -> None:
         if self._span is not None:
             self._span.set_attributes(_present(attributes))
+
+    def event(self, name: str, attributes: Attributes) -> None:
+        """Note that something has happened now."""
+        if self._span is not None:
+            self._span.add_event(name, _present(attributes))
 
     def name(self, name: str) -> None:
         """Give the span another name, when it is known only later."""
@@ -283,10 +326,14 @@ class Trail:
         self.about = {semconv.CONVERSATION: conversation}
         self.note({semconv.SESSION: session})
 
+    def hand_over(self) -> None:
+        """Another ingress goes on with the reply: its end is counted there, with all its tokens."""
+        self.moved = True
+
     def finish(self, failure: RotundaError | None, stopped: TerminationReason | None) -> None:
         """The reply that took the span over ends now. What its request has to say may follow until :meth:`end`."""
         self._ended_ns = time.time_ns()
-        status, reason = "completed", ""
+        status, reason = ("moved" if self.moved else "completed"), ""
         if failure is not None:
             self.fail(failure)
             status, reason = "error", error_type(failure)
@@ -294,7 +341,7 @@ class Trail:
             self.note({semconv.CANCELLED: True, semconv.TERMINATION_REASON: stopped.value})
             status, reason = "terminated", stopped.value
         self.note({semconv.SESSION_STATUS: status})
-        if self.metrics is not None:
+        if self.metrics is not None and not self.moved:
             self.metrics.session_ended(status, reason)
         if self._let_go:
             self.end()
@@ -331,11 +378,11 @@ def _none(environ: Mapping[str, str], name: str) -> bool:
     return environ.get(name, "").strip().lower() == "none"
 
 
-def _otlp() -> SpanProcessor:
+def _otlp(outgoing: Outgoing) -> SpanProcessor:
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    return BatchSpanProcessor(OTLPSpanExporter())
+    return BatchSpanProcessor(Counted(OTLPSpanExporter(), outgoing))
 
 
 def _resource(role: str, instance: str, environ: Mapping[str, str]) -> Resource:

@@ -15,8 +15,13 @@ from serve_app.domain.events import Numbered, Rewind, Terminated, Token
 from serve_app.replies import LiveReply, NewReply
 from serve_app.store import migrate
 from serve_app.store.tables import metadata
+from serve_app.telemetry.metrics import Totals
+from serve_app.telemetry.spans import rows_of
+from serve_app.telemetry.tracing import Tracing
 from tests.doubles import LocalPlatform, build_services
 from tests.postgres import Postgres
+from tests.spans import USAGE, Trace
+from tests.unit.telemetry.test_metrics import samples
 
 PACED = "hello [[tokens=150 pace=0.01]]"
 WHOLE = " ".join(f"word{n}" for n in range(150))
@@ -234,8 +239,9 @@ async def test_a_stream_is_terminated_although_its_owner_is_dead(make: Make) -> 
 
 
 async def test_an_ingress_that_leaves_hands_its_streams_over(make: Make) -> None:
-    here, there = await make(), await make()
-    reply = await begin(here, "hello [[tokens=1000 pace=0.01]]")
+    here, there = [await make(tracing=Tracing.set_up("ingress", name, {})) for name in ("here", "there")]
+    trace = here.services.tracing.serve("request", None, trust=False)
+    reply = await begin(here, "hello [[tokens=1000 pace=0.01]]", trace=trace)
     follower = asyncio.create_task(read(here, reply.session))
     await reply.stream.wait_beyond(40)
     await here.services.sessions.hand_over()
@@ -244,6 +250,20 @@ async def test_an_ingress_that_leaves_hands_its_streams_over(make: Make) -> None
         assert text_of(seen) == " ".join(f"word{n}" for n in range(1000))
         assert seen[-1].event.name == "end"
     assert (await there.services.store.get_session(reply.session.id)).epoch == 2
+    # It is one reply, whose tokens count once.
+    totals = Totals()
+    for platform in (here, there):
+        totals.hear(repr(platform.services.sessions), platform.services.tracing.metrics.snapshot(), 0)
+    page = samples(totals.page(0))
+    assert page["rotunda_sessions_total{status=completed}"] == 1
+    assert [value for name, value in page.items() if "rotunda_tokens_total" in name and "output" in name] == [1000]
+    assert [value for name, value in page.items() if "request_duration_seconds_count" in name] == [1]
+    tracing = here.services.tracing, there.services.tracing
+    rows = [row for one in tracing for row in rows_of(one.outgoing.drain())]
+    first, second = (Trace(row for row in rows if (row.trace_id == trace.trace_id) is one) for one in (True, False))
+    assert second.root.name == "adopt" and second.links(second.root)["session"][0] == trace.trace_id
+    told = [(one, one.attributes(row)[USAGE]) for one in (first, second) for row in one.rows if USAGE in row.body]
+    assert told == [(second, 1000)]
 
 
 async def test_a_store_that_is_away_delays_the_log_and_not_the_tokens(make: Make) -> None:

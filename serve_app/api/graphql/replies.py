@@ -41,7 +41,7 @@ async def start(context: Context, wanted: MessageInput) -> StreamSession:
     key = idempotency.key_of(context.caller_name, wanted.idempotency_key, IDEMPOTENCY_KEY)
     print_ = _fingerprint(wanted)
     async with AsyncExitStack() as block:
-        with context.trace.phase("request.read"):
+        with context.trace.reading():
             conversation = await context.conversation(wanted.conversation_id, wanted.password, wanted.token)
             known = None if key is None else await services.store.session_by_key(key)
             if known is not None:

@@ -76,10 +76,14 @@ async def _follow(
 ) -> AsyncGenerator[Numbered, None]:
     if after < 0:
         raise InvalidInput("after must be the number of an event of this stream.")
-    session, _ = await context.session(id, password, token)
-    async with aclosing(context.services.sessions.follow(session, after)) as events:
-        async for numbered in events:
-            yield numbered
+    trace = context.trace
+    with trace.phase("store.read"):
+        session, _ = await context.session(id, password, token)
+    trace.follows(session.trace_id, session.id)
+    with trace.phase("stream.follow"):
+        async with aclosing(context.services.sessions.follow(session, after)) as events:
+            async for numbered in events:
+                yield numbered
 
 
 def _outline(view: FleetView) -> Any:

@@ -13,6 +13,7 @@ import pytest
 
 from serve_app.domain.catalog import Capability
 from serve_app.domain.continuation import Continuation
+from serve_app.domain.embeddings import EmbeddingRequest
 from serve_app.domain.errors import (
     CapabilityMissing,
     ContextLengthExceeded,
@@ -302,9 +303,14 @@ async def test_residency_follows_load_use_and_unload(ollama: Ollama) -> None:
     assert await ollama.residency() == {"llama3:8b": 2_000_000_000}
 
 
-async def test_embeddings_come_in_order(ollama: Ollama) -> None:
-    found = await ollama.embed("nomic:latest", ["a", "abc"])
+async def test_embeddings_come_in_order_and_the_server_is_told_of_the_trace(
+    ollama: Ollama, server: OllamaServer
+) -> None:
+    trace = {"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"}
+    found = await ollama.embed(EmbeddingRequest("r", "nomic:latest", ("a", "abc"), trace=trace))
     assert found.vectors == ((1.0, 1.0), (3.0, 1.0))
+    path, _, headers = server.requests[-1]
+    assert (path, headers["traceparent"]) == ("/api/embed", trace["traceparent"])
 
 
 async def test_twenty_replies_at_once_do_not_mix(ollama: Ollama) -> None:

@@ -30,7 +30,7 @@ def samples(page: bytes) -> dict[str, float]:
 
 
 def reply(metrics: Metrics, error: str | None = None) -> None:
-    metrics.reply(ABOUT, TIMING, None if error else Usage(5, 11), error)
+    metrics.reply(ABOUT, TIMING, None if error else Usage(5, 11), error, whole=error is None)
 
 
 OK = (

@@ -80,6 +80,7 @@ def rows() -> list[SpanRow]:
     first.end(ProviderUnavailable("gone"))
     root.child("attempt 2", links={"retried": first.context}).end()
     root.link("load", load.context)
+    root.event("waits", {"rotunda.reason": "memory is full"})
     root.end()
     return rows_of(tracing.outgoing.drain())
 
@@ -92,6 +93,9 @@ def test_the_tree_has_children_below_their_parents(rows: list[SpanRow]) -> None:
     assert root["children"][0]["attributes"]["error.type"] == "PROVIDER_UNAVAILABLE"
     assert root["children"][1]["links"][0]["spanId"] == root["children"][0]["spanId"]
     assert [link["attributes"]["rotunda.link"] for link in root["links"]] == ["load"]
+    [event] = root["events"]
+    assert (event["name"], event["attributes"]) == ("waits", {"rotunda.reason": "memory is full"})
+    assert 0 <= event["atMs"] <= root["durationMs"]
 
 
 def test_otlp_json_is_what_the_protocol_says(rows: list[SpanRow]) -> None:
@@ -108,6 +112,10 @@ def test_otlp_json_is_what_the_protocol_says(rows: list[SpanRow]) -> None:
     first = next(span for span in spans if span.name == "attempt 1")
     assert {each.key for each in first.attributes} >= {"rotunda.attempt", "rotunda.evicting", "x", "y", "error.type"}
     assert {each.key for each in data.resource_spans[0].resource.attributes} >= {"service.name", "rotunda.role"}
+    root = next(span for span in spans if span.name == "POST /x")
+    [event] = root.events
+    assert root.start_time_unix_nano <= event.time_unix_nano <= root.end_time_unix_nano
+    assert (event.name, event.attributes[0].value.string_value) == ("waits", "memory is full")
 
 
 def _id(value: bytes):  # type: ignore[no-untyped-def]
@@ -121,3 +129,4 @@ def test_perfetto_gets_complete_events_by_process(rows: list[SpanRow]) -> None:
     assert [event["args"]["name"] for event in events if event["ph"] == "M"] == ["ingress one"]
     assert {event["name"] for event in events if event["ph"] == "X"} == {"POST /x", "attempt 1", "attempt 2"}
     assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
+    assert [event["args"] for event in events if event["ph"] == "i"] == [{"rotunda.reason": "memory is full"}]

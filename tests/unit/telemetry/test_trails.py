@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 
 import pytest
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from serve_app.domain.conversation import TerminationReason
 from serve_app.domain.errors import DeadlineExceeded, InvalidInput, ProviderError, RotundaError
+from serve_app.telemetry.metrics import Totals
+from serve_app.telemetry.pipeline import Counted, Outgoing
 from serve_app.telemetry.propagation import TraceContext
 from serve_app.telemetry.spans import SpanRow, rows_of
 from serve_app.telemetry.tracing import Tracing
@@ -155,3 +159,53 @@ def test_a_reply_ends_the_span_of_its_request(
     row = ended(tracing)["request"]
     assert attributes(row)["rotunda.session.status"] == status
     assert attributes(row).get("rotunda.termination.reason") == (stopped.value if stopped else None)
+
+
+def test_spans_that_were_exported_are_told_from_those_that_would_be_lost() -> None:
+    answers = [SpanExportResult.FAILURE, SpanExportResult.SUCCESS]
+
+    class Exporter(SpanExporter):
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            return answers.pop()
+
+    outgoing = Outgoing(keep=False)
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(outgoing)
+    tracer, counted = provider.get_tracer("test"), Counted(Exporter(), outgoing)
+    spans = [tracer.start_span("one"), tracer.start_span("two"), tracer.start_span("three")]
+    assert outgoing.unsent == 3
+    for span in spans[:2]:
+        span.end()
+    assert (outgoing.open, outgoing.unsent) == (1, 3)
+    counted.export(spans[:1])  # type: ignore[arg-type]
+    assert (outgoing.exported, outgoing.refused, outgoing.unsent) == (1, 0, 2)
+    counted.export(spans[1:2])  # type: ignore[arg-type]
+    assert (outgoing.exported, outgoing.refused, outgoing.unsent) == (1, 1, 1)
+
+
+def test_a_reply_that_another_ingress_goes_on_with_is_counted_there() -> None:
+    tracing = Tracing.set_up("ingress", "one", {})
+    root = tracing.serve("request", None, trust=False)
+    root.keep("session", "conversation")
+    root.hand_over()
+    root.finish(None, None)
+    root.end()
+    assert attributes(ended(tracing)["request"])["rotunda.session.status"] == "moved"
+    totals = Totals()
+    totals.hear("one", tracing.metrics.snapshot(), 0)
+    assert b"rotunda_sessions_total{" not in totals.page(0)
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_what_goes_on_with_a_trace_is_recorded_when_that_was(monkeypatch: pytest.MonkeyPatch, sampled: bool) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_off")
+    tracing = Tracing.set_up("ingress", "one", {})
+    carrier = TraceContext(CALLER.trace_id, CALLER.span_id, sampled).carrier()
+    trail = tracing.going_on("adopt", carrier)
+    trail.child("below").end()
+    trail.end()
+    rows = ended(tracing)
+    assert set(rows) == ({"adopt", "below"} if sampled else set())
+    assert all(row.trace_id != CALLER.trace_id for row in rows.values())
+    tracing.alone("another").end()
+    assert not ended(tracing)
