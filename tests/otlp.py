@@ -97,6 +97,10 @@ def _rows(request: ExportTraceServiceRequest) -> list[SpanRow]:
                     }
                     for link in span.links
                 ],
+                "events": [
+                    {"name": event.name, "at": event.time_unix_nano, "attributes": _attributes(event.attributes)}
+                    for event in span.events
+                ],
                 "message": span.status.message,
                 "resource": resource,
             }
