@@ -12,7 +12,7 @@ import random
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -31,7 +31,7 @@ from serve_app.domain.transcript import Part, Transcript, detour, final, worse
 from serve_app.leases import Leases, RouterAway
 from serve_app.telemetry.recording import Record
 from serve_app.telemetry.tracing import Trail, unquoted
-from serve_app.watchdog import Watchdog
+from serve_app.watchdog import Watchdog, watching
 
 logger = logging.getLogger(__name__)
 
@@ -258,7 +258,7 @@ class Gateway:
         loading_since: float | None = None
         try:
             while isinstance(current, Waiting):
-                news = _news(current)
+                news = current.news
                 if isinstance(news, Loading):
                     loading_since = loading_since or self._clock()
                 if news != told:
@@ -383,7 +383,7 @@ class Gateway:
             yield Loading(candidate.name)
         request = replace(request, trace=record.carrier)
         stream = self._backend.stream(candidate.entry, request, self._lease_on(candidate.entry).epoch)
-        async with aclosing(stream) as items, _watchdog() as dog, self.leases.calling(candidate.entry.full_name):
+        async with aclosing(stream) as items, watching() as dog, self.leases.calling(candidate.entry.full_name):
             phase: Phase = "load"
             while True:
                 item = await self._next(items, dog, phase, record, candidate.entry.provider)
@@ -413,19 +413,3 @@ class Gateway:
             raise DeadlineExceeded.during(phase, limit, provider) from None
         except StopAsyncIteration:
             raise ProviderError("The model's answer broke off without an end. Try again.", provider, True) from None
-
-
-def _news(waiting: Waiting) -> Queued | Loading:
-    """What a client is told of its place."""
-    if waiting.loading is not None:
-        return Loading(waiting.loading, waiting.evicting)
-    return Queued(waiting.position, waiting.reason, waiting.eta_ms)
-
-
-@asynccontextmanager
-async def _watchdog() -> AsyncGenerator[Watchdog, None]:
-    dog = Watchdog()
-    try:
-        yield dog
-    finally:
-        dog.close()

@@ -7,7 +7,8 @@ the wait under way, and goes back to sleep when that lies ahead.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 Value = TypeVar("Value")
@@ -59,3 +60,13 @@ class Watchdog:
         else:
             self._barked = True
             self._waiting.cancel()
+
+
+@asynccontextmanager
+async def watching() -> AsyncIterator[Watchdog]:
+    """A watchdog that is closed after the block."""
+    dog = Watchdog()
+    try:
+        yield dog
+    finally:
+        dog.close()

@@ -16,6 +16,7 @@ from serve_app.domain.errors import (
     RotundaError,
     error_from_dict,
 )
+from serve_app.domain.events import Loading, Queued
 from serve_app.domain.generation import Priority
 
 
@@ -106,6 +107,13 @@ class Waiting:
     loading: str | None = None
     evicting: tuple[str, ...] = ()
     retry_in_s: float = 0.25
+
+    @property
+    def news(self) -> Queued | Loading:
+        """What a client is told of its place."""
+        if self.loading is not None:
+            return Loading(self.loading, self.evicting)
+        return Queued(self.position, self.reason, self.eta_ms)
 
 
 Admission = Granted | Waiting
