@@ -49,7 +49,8 @@ def _section(title: str, rows: Sequence[Row], headings: Sequence[str], cells: An
 def _node(row: Row) -> tuple[object, ...]:
     total, used, free = row["total"], row["used"], row["free"]
     memory = (size(amount["memoryBytes"]) for amount in (total, used, free))
-    return (row["name"], row["provider"], *memory, *(f"{used[kind]:g}/{total[kind]:g}" for kind in ("cpu", "gpu")))
+    processors = (f"{used[kind]:g}/{total[kind]:g}" if total[kind] is not None else "" for kind in ("cpu", "gpu"))
+    return (row["name"], row["provider"], *memory, *processors)
 
 
 def _resident(row: Row) -> tuple[object, ...]:

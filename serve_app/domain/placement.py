@@ -63,7 +63,18 @@ class Resources:
         return max(shares, default=0.0)
 
     def to_json(self) -> dict[str, float | None]:
-        return {"cpu": self.cpu, "gpu": self.gpu, "memoryBytes": None if math.isinf(self.memory) else int(self.memory)}
+        """JSON knows no infinity: None where nothing limits an amount."""
+        memory = limited(self.memory)
+        return {
+            "cpu": limited(self.cpu),
+            "gpu": limited(self.gpu),
+            "memoryBytes": None if memory is None else int(memory),
+        }
+
+
+def limited(amount: float) -> float | None:
+    """An amount as JSON can say it: None where nothing limits it."""
+    return amount if math.isfinite(amount) else None
 
 
 NOTHING = Resources()

@@ -19,7 +19,7 @@ GB = 10**9
 SHOWN = RotationView(
     nodes=(
         NodeView("n1", "huggingface", Resources(8, 1, 16 * GB), Resources(2, 1, 6 * GB), Resources(6, 0, 10 * GB), 0.5),
-        NodeView("lab", "lab", Resources(memory=math.inf), Resources(), Resources(memory=math.inf)),
+        NodeView("lab", "lab", Resources(*[math.inf] * 3), Resources(), Resources(*[math.inf] * 3)),
     ),
     residents=(
         ResidentView(
@@ -80,6 +80,7 @@ async def test_graphql_shows_rooms_residents_the_line_and_failures(graph: Graph)
         "pressure": "calm",
     }
     assert (found["capacity"][1]["total"], found["capacity"][1]["free"]) == (None, None)  # nothing limits it
+    assert found["capacity"][1]["cpu"] == {"total": None, "used": 0, "free": None}
     assert found["residents"] == [
         {
             "model": "test/chat",

@@ -10,7 +10,7 @@ import strawberry
 
 from serve_app.api.graphql.types import moment_or_none
 from serve_app.domain.fleet import FleetView, ModelStatus, ProviderStatus
-from serve_app.domain.placement import Resources
+from serve_app.domain.placement import Resources, limited
 
 # Bytes outgrow GraphQL's 32-bit Int; a Float counts them exactly up to 2**53.
 
@@ -119,13 +119,13 @@ def bytes_of(amount: Resources) -> float | None:
 
 @strawberry.type
 class ResourceAmount:
-    cpu: float
-    gpu: float
+    cpu: float | None = strawberry.field(description="Null where nothing limits it.")
+    gpu: float | None = strawberry.field(description="Null where nothing limits it.")
     memory_bytes: float | None = strawberry.field(description="Null where nothing limits it.")
 
     @classmethod
     def of(cls, amount: Resources) -> ResourceAmount:
-        return cls(cpu=amount.cpu, gpu=amount.gpu, memory_bytes=bytes_of(amount))
+        return cls(cpu=limited(amount.cpu), gpu=limited(amount.gpu), memory_bytes=bytes_of(amount))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any] | None) -> ResourceAmount | None:

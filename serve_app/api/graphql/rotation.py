@@ -10,6 +10,7 @@ from serve_app.api.graphql.models import ResourceAmount, bytes_of
 from serve_app.api.graphql.paging import MAX_PAGE, page_size
 from serve_app.api.graphql.resolvers import field
 from serve_app.api.graphql.types import GraphInfo, moment, moment_or_none
+from serve_app.domain.placement import limited
 from serve_app.domain.rotation_effects import Decision as Decided
 from serve_app.domain.rotation_view import HISTORY, FailureView, NodeView, QueueView, ResidentView, RotationView
 
@@ -18,9 +19,9 @@ DecisionLimit = Annotated[int, strawberry.argument(description=f"The last ones, 
 
 @strawberry.type(description="Processors of one kind on a node.")
 class Share:
-    total: float
+    total: float | None = strawberry.field(description="Null where nothing limits it; then so is free.")
     used: float
-    free: float
+    free: float | None
 
 
 @strawberry.type(description="A place for models; total, used and free are bytes of memory.")
@@ -46,8 +47,8 @@ class NodeCapacity:
             total=bytes_of(total),
             used=bytes_of(used),
             free=bytes_of(free),
-            cpu=Share(total=total.cpu, used=used.cpu, free=free.cpu),
-            gpu=Share(total=total.gpu, used=used.gpu, free=free.gpu),
+            cpu=Share(total=limited(total.cpu), used=used.cpu, free=limited(free.cpu)),
+            gpu=Share(total=limited(total.gpu), used=used.gpu, free=limited(free.gpu)),
             measured=view.measured,
             pressure=view.pressure,
         )
