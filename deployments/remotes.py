@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from ray import serve
@@ -15,7 +15,7 @@ from serve_app.config import Platform, Settings, UpstreamArgs
 from serve_app.domain.catalog import Catalogue, Entry
 from serve_app.domain.errors import error_from_dict
 from serve_app.domain.fleet import Fleet, ProviderStatus
-from serve_app.domain.upstreams import UPSTREAM_DEPLOYMENT, UpstreamReport, Upstreams
+from serve_app.domain.upstreams import UPSTREAM_DEPLOYMENT, UpstreamReport, Upstreams, put_up_and_take_down
 from serve_app.providers import registry
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,8 @@ class Remotes:
         self._configured = implied | {args.name: args.upstream() for args in platform.providers}
         self._declared: Mapping[str, UpstreamArgs] = {}
         self._put_up: set[str] = set()
+        self.standing: dict[str, str] = {}
+        """Applications that this router or an earlier one put up, with their arguments as JSON."""
         self._upstreams = Upstreams()
 
     def _providers(self) -> dict[str, tuple[str, UpstreamArgs, bool]]:
@@ -41,26 +43,33 @@ class Remotes:
         found = {name: (args.application_name, args, False) for name, args in self._configured.items()}
         return found | {args.provider: (application, args, True) for application, args in self._declared.items()}
 
-    async def look(self, declared: Mapping[str, UpstreamArgs], running: Iterable[str]) -> None:
-        """Take over what Serve says is declared, and put up the applications of the other providers once."""
+    async def look(self, declared: Mapping[str, UpstreamArgs], running: Collection[str]) -> None:
+        """Take over what Serve says is declared; put up the applications of the other providers once, and take away
+        those of providers that are configured no more."""
         self._declared = declared
-        missing = [
-            (application, args)
-            for application, args, is_declared in self._providers().values()
-            if not is_declared and application not in (*running, *self._put_up)
-        ]
-        if missing:
-            self._put_up |= {application for application, _ in missing}
-            targets = [RunTarget(upstream.build(args), name=name, route_prefix=None) for name, args in missing]
-            names = ", ".join(application for application, _ in missing)
-            try:
-                await asyncio.to_thread(serve.run_many, targets, wait_for_applications_running=False)
-            except Exception:
-                # Their status says that they do not answer; the next look tries again, and nothing else is held up.
-                self._put_up -= {application for application, _ in missing}
-                logger.exception("%s could not be put up", names)
-            else:
-                logger.info("put up %s", names)
+        wanted = {name: args for name, args, is_declared in self._providers().values() if not is_declared}
+        said = {name: args.model_dump_json(exclude_unset=True) for name, args in wanted.items()}
+        missing, stale = put_up_and_take_down(said, self.standing, running, declared)
+        for name in stale:
+            logger.info("the application %s goes: its provider is configured no more", name)
+            await asyncio.to_thread(serve.delete, name, _blocking=False)
+            del self.standing[name]
+        await self._put_up_all({name: wanted[name] for name in missing - self._put_up})
+        self.standing |= {name: said[name] for name in self._put_up & said.keys()}
+
+    async def _put_up_all(self, missing: Mapping[str, UpstreamArgs]) -> None:
+        if not missing:
+            return
+        self._put_up |= missing.keys()
+        targets = [RunTarget(upstream.build(args), name=name, route_prefix=None) for name, args in missing.items()]
+        try:
+            await asyncio.to_thread(serve.run_many, targets, wait_for_applications_running=False)
+        except Exception:
+            # Their status says that they do not answer; the next look tries again, and nothing else is held up.
+            self._put_up -= missing.keys()
+            logger.exception("%s could not be put up", ", ".join(missing))
+        else:
+            logger.info("put up %s", ", ".join(missing))
 
     def hear(self, report: UpstreamReport, fleet: Fleet, now: float) -> bool:
         """Take a heartbeat; the answer says whether the list of models is known."""

@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 SCAN_S = 1.0
 POLL_S = 2.0
+FIRST_LOOKS, FIRST_LOOK_S = 10, 0.5
+"""How often, and with which pauses, a router that starts asks Serve what is declared, until it is answered."""
 ASK_AGAIN_S = 2.0
 """A waiting gateway asks again after so long even when it heard no news."""
 FRESH_S = 2.5
@@ -77,7 +79,7 @@ class Router(Desk):
         recalled, *_ = await asyncio.gather(
             self._recollection.recall(),
             self._offer.look_at_store(),
-            self._offer.look_at_serve(),
+            self._first_look_at_serve(),
             self._look_at_nodes(),
         )
         self._offer.removed = frozenset(recalled.get("removed") or ())
@@ -97,6 +99,7 @@ class Router(Desk):
         for name, revision in (recalled.get("applications") or {}).items():
             if name in self._offer.serve.running:
                 self._applications.take_over(name, revision)
+        self._offer.remotes.standing |= recalled.get("upstreams") or {}
         self._enrolment.nodes()
         self._enrolment.remotes()
         self._enrolment.models()
@@ -258,6 +261,14 @@ class Router(Desk):
         await self._offer.look_at_store()
         self._rebuild()
 
+    async def _first_look_at_serve(self) -> None:
+        """Which models are declared must be known before the first request: unknown ones would be refused, and those
+        that are in the store as well be taken for discovered ones. A dashboard that stays away is not waited for."""
+        for _ in range(FIRST_LOOKS):
+            if await self._offer.look_at_serve():
+                return
+            await asyncio.sleep(FIRST_LOOK_S)
+
     async def _look_at_serve(self) -> None:
         asked_at = time.time()
         answered = await self._offer.look_at_serve()
@@ -282,6 +293,7 @@ class Router(Desk):
                 "generation": self._generation,
                 "removed": sorted(self._offer.removed),
                 "applications": dict(self._applications.standing),
+                "upstreams": dict(self._offer.remotes.standing),
             }
         )
 

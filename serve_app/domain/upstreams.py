@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,21 @@ class UpstreamReport:
             memory_bytes=(self.residents or {}).get(entry.id),
             last_used_at=use.last_used_at,
         )
+
+
+def put_up_and_take_down(
+    wanted: Mapping[str, str], standing: Mapping[str, str], running: Collection[str], declared: Collection[str]
+) -> tuple[set[str], set[str]]:
+    """Which applications of providers must be put up, anew where their arguments have changed, and which must go.
+
+    Args:
+        wanted: applications that ought to stand, each with its arguments.
+        standing: those that this router or an earlier one put up, with the arguments of then.
+        running: what Serve runs.
+        declared: applications that somebody else put up; never touched.
+    """
+    missing = {name for name, args in wanted.items() if name not in running or standing.get(name, args) != args}
+    return missing - set(declared), standing.keys() & set(running) - wanted.keys() - set(declared)
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from serve_app.domain.catalog import Capability, Catalogue, ModelInfo, ModelState
 from serve_app.domain.errors import ProviderUnavailable
 from serve_app.domain.fleet import REPORT_TTL_S, Fleet
-from serve_app.domain.upstreams import UpstreamReport, Upstreams, Use
+from serve_app.domain.upstreams import UpstreamReport, Upstreams, Use, put_up_and_take_down
 
 CHAT = frozenset({Capability.CHAT})
 INFOS = (ModelInfo("a:1b", "", capabilities=CHAT), ModelInfo("b:1b", "", capabilities=CHAT))
@@ -76,3 +76,13 @@ def test_a_silent_upstream_is_an_error_and_one_living_replica_is_enough() -> Non
     assert upstreams.problem(APPLICATION, 0.0) is None
     upstreams.forget(APPLICATION, "replica")
     assert upstreams.problem(APPLICATION, 0.0) == "down"
+
+
+def test_a_provider_that_is_configured_no_more_is_taken_down_and_a_changed_one_put_up_anew() -> None:
+    standing = {"upstream-a": "1", "upstream-b": "1", "upstream-c": "1", "upstream-d": "1"}
+    running = {"upstream-a", "upstream-b", "upstream-c", "upstream-d", "upstream-e", "model-x"}
+    wanted = {"upstream-a": "1", "upstream-b": "2", "upstream-e": "1", "upstream-new": "1"}
+    # d was declared in serve_config.yaml meanwhile, e runs since before anybody kept its arguments.
+    missing, stale = put_up_and_take_down(wanted, standing, running, {"upstream-d"})
+    assert (missing, stale) == ({"upstream-b", "upstream-new"}, {"upstream-c"})
+    assert put_up_and_take_down(wanted, {}, set(), ())[0] == wanted.keys()
