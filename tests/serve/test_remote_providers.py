@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tests.cluster import Cluster, wait_until
 from tests.doubles import build_services
 from tests.e2e.test_chat import ask, start_and_read
 from tests.ollama_server import Fault, OllamaServer, StandInModel, nothing_listens
+from tests.openai_servers import llama_cpp
 from tests.serve.test_fleet import pids
 
 CUT = "This is said by a model that is far away, on a machine of its own, and it takes a while."
@@ -38,6 +39,7 @@ MODELS = (
     StandInModel("anew:1b", reply="word0 word1 word2 word3 word4 word5 and so on", continues=False),
     StandInModel("other:1b", reply="word0 word1 word2 word3 word4 but then another thing", continues=False),
     StandInModel("broken:1b"),
+    StandInModel("sum:1b", reply="17 + 25 = 42."),
     StandInModel("nomic:latest", capabilities=("embedding",)),
 )
 
@@ -76,10 +78,18 @@ def another_rotunda(home: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def lab(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OllamaServer]:
-    """The providers ``lab`` (the stand-in), ``other`` (another Rotunda) and ``dead`` (nobody)."""
+    """The providers ``lab`` (the stand-in), ``other`` (another Rotunda), ``cpp`` (llama.cpp's server with tiny-chat as
+    ``tiny``) and ``dead`` (nobody)."""
     home = tmp_path_factory.mktemp("other")
-    with OllamaServer(MODELS, room=2) as server, another_rotunda(home) as other, nothing_listens() as nowhere:
-        added = [upstream("lab", server.url), upstream("other", other, "openai"), upstream("dead", nowhere)]
+    with ExitStack() as stack:
+        server = stack.enter_context(OllamaServer(MODELS, room=2))
+        other, cpp = stack.enter_context(another_rotunda(home)), stack.enter_context(llama_cpp(home, "tiny"))
+        added = [
+            upstream("lab", server.url),
+            upstream("other", other, "openai"),
+            upstream("cpp", cpp, "openai"),
+            upstream("dead", stack.enter_context(nothing_listens())),
+        ]
         cluster.config["applications"] += added
         cluster.deploy()
         try:
@@ -297,6 +307,27 @@ def test_another_openai_compatible_server_is_a_provider_too(cluster: Cluster, la
     reply = ask(cluster, "[[tokens=3]]", "other/test/chat")
     assert (reply.text, reply.of("session")["provider"]) == ("word0 word1 word2", "other")
     assert reply.of("end")["usage"]["completionTokens"] == 3
+
+
+SUM, GREEDY = "What is 17 + 25?", {"options": {"temperature": 0}}
+
+
+def test_a_server_that_is_not_ours_answers_and_takes_over(cluster: Cluster, lab: OllamaServer) -> None:
+    wait_until(lambda: provider(cluster, "cpp")["status"] == "ok", 30, what="llama.cpp")
+    assert ask(cluster, SUM, "cpp/tiny", **GREEDY).text == "17 + 25 = 42."
+    lab.faults.append(Fault("status", status=404, text="gone", model="sum:1b"))
+    reply = ask(cluster, SUM, "lab/sum:1b", fallbackModels=["cpp/tiny"], **GREEDY)
+    assert (reply.text, reply.of("switched")["from"]) == ("17 + 25 = 42.", "sum:1b")
+    assert reply.of("end")["usage"]["completionTokens"] == 14
+
+
+def test_a_server_that_is_not_ours_goes_on_with_what_another_began(cluster: Cluster, lab: OllamaServer) -> None:
+    wait_until(lambda: provider(cluster, "cpp")["status"] == "ok", 30, what="llama.cpp")
+    lab.faults.append(Fault("drop", after=1, times=99, model="sum:1b"))  # one word each time it is tried
+    reply = ask(cluster, SUM, "lab/sum:1b", fallbackModels=["cpp/tiny"], **GREEDY)
+    lab.faults.clear()
+    assert (reply.text, reply.names[-1]) == ("17 + 25 = 42.", "end")
+    assert reply.names.index("token") < reply.names.index("switched") and reply.of("switched")["to"] == "tiny"
 
 
 def test_twelve_streams_at_once_from_two_providers_and_local_models_all_end_well(
