@@ -63,6 +63,8 @@ class Tracing:
         self.metrics.watch(self._figures)
         self.capture = capture
         """Whether spans may hold prompts and replies."""
+        self.role = ""
+        """What the process is in the platform."""
         self.measures = True
         """Whether figures are told."""
 
@@ -74,7 +76,7 @@ class Tracing:
         counts = {"ended": outgoing.ended, "dropped": outgoing.dropped, "refused": outgoing.refused}
         spans: dict[Labels, float] = {(("outcome", outcome),): float(count) for outcome, count in counts.items()}
         yield counter("rotunda_spans", "Spans of the living processes and what became of them.", spans)
-        unsent: dict[Labels, float] = {(): float(outgoing.unsent)}
+        unsent: dict[Labels, float] = {(("role", self.role),): float(outgoing.unsent)}
         yield gauge("rotunda_spans_unsent", "Spans that would be lost if their processes were killed.", unsent)
 
     @classmethod
@@ -93,6 +95,7 @@ class Tracing:
         """
         off = environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
         made = cls.off() if off or _none(environ, "OTEL_TRACES_EXPORTER") else cls._made(role, instance, environ)
+        made.role = role
         made.measures = not off and not _none(environ, "OTEL_METRICS_EXPORTER")
         return made
 

@@ -416,7 +416,7 @@ def test_spans_that_go_with_a_killed_replica_are_counted(lab: Lab) -> None:
     assert reply.names[-1] == "end"
     trace = lab.trace(id, "route.decide", f"chat {LARGE[0]}")
     # Its load (5 spans) and this reply's part in it (5) have ended and were not exported.
-    wait_until(lambda: lab.page()["rotunda_spans_unsent{}"] == 10, 30, what="the spans to be reported")
+    wait_until(lambda: lab.page()["rotunda_spans_unsent{role=model}"] == 10, 30, what="the spans to be reported")
     victim = next(pid for name, pid in pids(lab.cluster).items() if name.startswith("model-large-one/"))
     os.kill(victim, signal.SIGKILL)
     lost = "rotunda_spans_lost_total{reason=killed}"
