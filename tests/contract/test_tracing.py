@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import httpx
 import pytest
 
 from serve_app.domain.catalog import Capability, ModelInfo
 from serve_app.domain.errors import GenerationFailed
+from serve_app.telemetry import semconv
 from serve_app.telemetry.metrics import Totals
 from serve_app.telemetry.spans import rows_of
 from serve_app.telemetry.tracing import Tracing
@@ -56,8 +58,8 @@ class Traced:
 
 @pytest.fixture
 async def make_traced(make_platform: MakePlatform) -> Callable[..., Awaitable[Traced]]:
-    async def make(**settings: object) -> Traced:
-        return Traced(await make_platform(tracing=Tracing.set_up("ingress", "the-ingress", {}), **settings))
+    async def make(environ: Mapping[str, str] | None = None, **settings: object) -> Traced:
+        return Traced(await make_platform(tracing=Tracing.set_up("ingress", "the-ingress", environ or {}), **settings))
 
     return make
 
@@ -216,6 +218,22 @@ async def test_a_wait_tells_each_reason_when_it_came_and_stands_for_the_longest(
     told = [event["attributes"]["rotunda.reason"] for event in trace.events(waited)]
     assert told == ["router has just started", "memory is full"]
     assert trace.attributes(waited)["rotunda.reason"] == "memory is full"
+
+
+@pytest.mark.parametrize(("asked", "told"), [("span_only", True), ("TRUE", True), ("event_only", False), ("", False)])
+async def test_what_was_said_stands_in_a_span_only_when_that_is_asked_for(
+    make_traced: Callable[..., Awaitable[Traced]], asked: str, told: bool
+) -> None:
+    traced = await make_traced({semconv.CAPTURE_CONTENT: asked})
+    async with traced.platform.client() as client:
+        answer = await send(client, "[[tokens=2]] a secret", systemPrompt="Be brief.")
+    trace = await traced.trace(answer.headers["x-trace-id"])
+    assert [row.name for row in trace.rows if "secret" in row.body] == (["chat test/chat"] if told else [])
+    if told:
+        about = trace.attributes(trace.one("chat test/chat"))
+        said = [(one["role"], one["parts"][0]["content"]) for one in json.loads(about["gen_ai.input.messages"])]
+        assert said == [("system", "Be brief."), ("user", "[[tokens=2]] a secret")]
+        assert json.loads(about["gen_ai.output.messages"])[0]["parts"] == [{"type": "text", "content": "word0 word1"}]
 
 
 async def wait(until: Callable[[], bool]) -> None:
