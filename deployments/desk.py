@@ -11,9 +11,10 @@ from typing import Any
 from deployments.handles import answering
 from deployments.reporting import ProcessFigures, TelemetryReport
 from serve_app.config import Settings
+from serve_app.telemetry.exporting import exports_elsewhere
 from serve_app.telemetry.metrics import Totals
 from serve_app.telemetry.spans import SpanRow, SpanStore
-from serve_app.telemetry.tracing import Tracing, exports_elsewhere
+from serve_app.telemetry.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 

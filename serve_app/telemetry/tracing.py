@@ -15,30 +15,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 from opentelemetry import trace
 from opentelemetry.context import Context
-from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import SpanProcessor, TracerProvider, sampling
+from opentelemetry.sdk.trace import TracerProvider, sampling
 from opentelemetry.trace import Link, NonRecordingSpan, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 from opentelemetry.util.types import AttributeValue
 
 from serve_app.domain.conversation import TerminationReason
 from serve_app.domain.errors import InvalidInput, ProviderError, RotundaError
 from serve_app.telemetry import semconv
+from serve_app.telemetry.exporting import exports_elsewhere, otlp, resource_of
 from serve_app.telemetry.logs import about
 from serve_app.telemetry.metrics import Labels, Metric, Metrics, counter, gauge
-from serve_app.telemetry.pipeline import Counted, Ids, OneDecision, Outgoing
+from serve_app.telemetry.pipeline import Ids, OneDecision, Outgoing
 from serve_app.telemetry.propagation import TraceContext, from_carrier, new_trace
 
 logger = logging.getLogger(__name__)
 
 SERVER, CLIENT, INTERNAL = SpanKind.SERVER, SpanKind.CLIENT, SpanKind.INTERNAL
-ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 Attributes = Mapping[str, AttributeValue | None]
 
@@ -106,13 +104,13 @@ class Tracing:
         decision = OneDecision(sampling._get_from_env_or_default())
         provider = TracerProvider(
             sampler=decision,
-            resource=_resource(role, instance, environ),
+            resource=resource_of(role, instance, environ),
             shutdown_on_exit=False,  # the process's owner flushes, before its event loop is gone
             id_generator=ids,
         )
         provider.add_span_processor(outgoing)
         if exports:
-            provider.add_span_processor(_otlp(outgoing))
+            provider.add_span_processor(otlp(outgoing, environ))
         capture = environ.get(semconv.CAPTURE_CONTENT, "").strip().lower() in semconv.CAPTURE_IN_SPANS
         return cls(provider, outgoing, ids, decision, capture)
 
@@ -367,11 +365,6 @@ def error_type(error: BaseException) -> str:
     return error.code if isinstance(error, RotundaError) else "INTERNAL"
 
 
-def exports_elsewhere(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether an endpoint for OTLP is configured; then no span is kept here."""
-    return any(environ.get(name) for name in ENDPOINTS)
-
-
 def unquoted(error: RotundaError) -> str:
     """An error for a log or a span: in words, but for those that may quote what was asked or answered."""
     return error.code if isinstance(error, InvalidInput | ProviderError) else error.message
@@ -379,23 +372,6 @@ def unquoted(error: RotundaError) -> str:
 
 def _none(environ: Mapping[str, str], name: str) -> bool:
     return environ.get(name, "").strip().lower() == "none"
-
-
-def _otlp(outgoing: Outgoing) -> SpanProcessor:
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
-
-    return BatchSpanProcessor(Counted(OTLPSpanExporter(), outgoing))
-
-
-def _resource(role: str, instance: str, environ: Mapping[str, str]) -> Resource:
-    own: dict[str, AttributeValue] = {
-        semconv.SERVICE_INSTANCE: instance,
-        semconv.HOST_NAME: socket.gethostname(),
-        semconv.ROLE: role,
-    }
-    named = environ.get("OTEL_SERVICE_NAME") or semconv.SERVICE_NAME in environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
-    return Resource.create(own if named else {semconv.SERVICE_NAME: "rotunda", **own})
 
 
 def _of(context: SpanContext) -> TraceContext:

@@ -161,6 +161,23 @@ def test_a_reply_ends_the_span_of_its_request(
     assert attributes(row).get("rotunda.termination.reason") == (stopped.value if stopped else None)
 
 
+@pytest.mark.parametrize(
+    ("variables", "warned"),
+    [
+        ({}, False),
+        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}, False),
+        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, True),
+        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}, False),
+    ],
+)
+async def test_a_protocol_that_is_not_spoken_is_said_not_to_be(
+    caplog: pytest.LogCaptureFixture, variables: dict[str, str], warned: bool
+) -> None:
+    endpoint = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4317"}
+    await Tracing.set_up("ingress", "one", endpoint | variables).close()
+    assert ("grpc is not supported" in caplog.text) is warned
+
+
 def test_spans_that_were_exported_are_told_from_those_that_would_be_lost() -> None:
     answers = [SpanExportResult.FAILURE, SpanExportResult.SUCCESS]
 
