@@ -87,7 +87,7 @@ of up to {context:,} tokens. Measured process CPU time
 of the committed weights' training, drawing the images included: {minutes:.1f} minutes on one thread of an x86-64 server core.
 
 All of its data is generated: it holds nobody's text and nobody's image.
-"""
+"""  # noqa: E501 - the card's lines, as they are written
 
 
 def train(out: pathlib.Path, seed: int, recipe: Recipe | None = None) -> dict[str, float]:

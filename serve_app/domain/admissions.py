@@ -51,11 +51,20 @@ class Admissions:
         elif self._is_ready(event.models[choice]):
             self._grant(event, event.models[choice], asked_at, "it is in memory")
         elif len(state.line) >= state.limits.max_queue:
-            self._refuse(event, asked_at, self._queue_full(event.models[choice]))
+            self._turn_away(event, asked_at, choice)
         else:
             state.line.join(event, asked_at, state.now, choice)
             state.note("queued", event.models[choice], "it is not in memory", caller=event.caller)
             state.stirred = True
+
+    def _turn_away(self, event: Request, asked_at: float, choice: int) -> None:
+        """The line is full: one of the next models answers if it is in memory, else the request is refused."""
+        full = self._queue_full(event.models[choice])
+        for model in event.models[choice + 1 :]:
+            if obstacle(self._state, model) is None and self._is_ready(model):
+                self._grant(event, model, asked_at, f"instead: {full.message}")
+                return
+        self._refuse(event, asked_at, full)
 
     def cancel(self, ticket_id: str, reason: str = "its caller has left") -> None:
         ticket = self._state.line.tickets.get(ticket_id)

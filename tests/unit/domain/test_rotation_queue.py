@@ -88,6 +88,17 @@ def test_a_full_queue_refuses_and_says_when_to_try_again() -> None:
     assert len(world.rotation.state.line) == 2
 
 
+def test_with_a_full_queue_a_fallback_in_memory_answers_and_a_cold_one_does_not() -> None:
+    world = World([model("A"), model("B", 2), model("C")], sizes=(3,), limits=replace(QUICK, max_queue=1))
+    world.ask("t1", "A")
+    world.settle()
+    world.ask("t2", "B")
+    [grant] = [effect for effect in world.ask("t3", "B", "C", "A") if isinstance(effect, Grant)]
+    assert (grant.model, grant.reason.startswith("instead: 1 requests wait")) == ("A", True)
+    refusal = world.ask("t4", "B", "C")[-1]
+    assert isinstance(refusal, Refuse) and refusal.code == "QUEUE_FULL"
+
+
 def test_a_full_queue_does_not_hold_up_models_in_memory() -> None:
     world = World([model("A"), model("B", 2)], sizes=(3,), limits=replace(QUICK, max_queue=1))
     world.ask("t1", "A")
