@@ -48,6 +48,7 @@ SETS: dict[str, tuple[Step, ...]] = {
         Step("engine", ("--sizes", "30M", "--budget", "90", "--slow-rounds", "1", *PEERS), 8),
         Step("batch_scaling", (), 6),
         Step("frames", (), 4),
+        Step("int8", (), 4),
         Step("store_cost", (), 4),
         Step("tracing_cost", (), 4),
         Step("swap", (), 4),

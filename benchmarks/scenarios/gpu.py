@@ -197,27 +197,29 @@ def main() -> None:
     arguments.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     arguments.add_argument("--size", choices=[*LARGE, *SIZES], default="1B")
     arguments.add_argument("--tokens", type=int, help="of each reply (default 128; 16 with --quick)")
+    arguments.add_argument("--streams", type=int, nargs="+", default=list(STREAMS), help="beside the peers")
     arguments.add_argument("--budget", type=float, help="seconds for the rounds of each part")
     given = arguments.parse_args()
     tokens = given.tokens or (16 if given.quick else 128)
     result = Result.begin("gpu", "A Llama of a billion parameters in bfloat16 on a GPU, in one process", given)
     ours = Ours(given.size, given.device)
-    peers = peers_of(given, result)
     result.settings |= {"new_tokens": tokens, "model": given.size, "engine": ours.engine.description}
-    if CONTINUOUS in peers:
-        result.settings[CONTINUOUS] = settings_of(peers[CONTINUOUS].model)
-    for streams in STREAMS:
-        contenders = [contender(name, streams, tokens, one.round) for name, one in {OURS: ours, **peers}.items()]
-        found = measure(contenders, rounds_of(given), given.seed, f"{streams} streams:", budget_s=given.budget)
-        result.add(found, *rows(found, given.size, streams, list(peers)))
-        result.details[f"{streams}"] = found.rounds
-        result.write()  # what there is, should a peer never come back
+    # First what needs no peer; it is written at once, should one of them never come back.
     alone = [contender(OURS, streams, tokens, ours.round) for streams in STREAMS]
     alone += [Contender("turns", ours.turns), Contender("guest", lambda seed: ours.guest(seed, tokens))]
     found = measure(alone, rounds_of(given), given.seed, "alone:", budget_s=given.budget)
     result.add(found, *own_rows(found, given.size))
     result.details["alone"] = found.rounds
     result.write()
+    peers = peers_of(given, result)
+    if CONTINUOUS in peers:
+        result.settings[CONTINUOUS] = settings_of(peers[CONTINUOUS].model)
+    for streams in given.streams:
+        contenders = [contender(name, streams, tokens, one.round) for name, one in {OURS: ours, **peers}.items()]
+        found = measure(contenders, rounds_of(given), given.seed, f"{streams} streams:", budget_s=given.budget)
+        result.add(found, *rows(found, given.size, streams, list(peers)))
+        result.details[f"{streams}"] = found.rounds
+        result.write()
     ours.close()
 
 

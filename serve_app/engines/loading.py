@@ -14,7 +14,7 @@ from serve_app.domain.errors import CapabilityMissing, ModelLoadFailed, error_fr
 from serve_app.engines.base import EngineOptions, Progress, no_progress
 from serve_app.engines.discovery import inspect
 from serve_app.engines.faults import translate
-from serve_app.engines.memory import extra, load_dtype
+from serve_app.engines.memory import extra, load_dtype, quantization
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ class Loaded:
     device: str
     dtype: str
     attention: str
+    quantized: str | None = None
 
 
 def load(
@@ -92,8 +93,26 @@ def _load(info: ModelInfo, options: EngineOptions, on_progress: Progress, classe
     factory = getattr(transformers, classes[info.task or Task.TEXT_GENERATION])
     model, attention = _weights(factory, info.path, dtype=torch_dtype, **placement)
     tokenizer, processor = _text_side(transformers, info)
+    model.eval()
+    if (kind := quantization(options)) is not None:
+        quantize(model, kind)
     on_progress("weights", 1.0)
-    return Loaded(model.eval(), tokenizer, processor, _completed(info, model), device, dtype, attention)
+    return Loaded(model, tokenizer, processor, _completed(info, model), device, dtype, attention, kind)
+
+
+def quantize(model: Any, kind: str) -> None:
+    """Hold the weights of a model's linear layers as "int8" with a scale for each row; arithmetic stays as it was.
+
+    Raises:
+        CapabilityMissing: the package torchao is not installed.
+    """
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError:
+        raise CapabilityMissing(
+            f"Weights in {kind} need the package torchao. Install rotunda with the extra int8."
+        ) from None
+    quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False))
 
 
 def _weights(factory: Any, path: str, **settings: Any) -> tuple[Any, str]:

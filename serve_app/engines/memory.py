@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from serve_app.domain.catalog import ModelInfo
-from serve_app.domain.errors import ModelLoadFailed
+from serve_app.domain.errors import InvalidConfig, ModelLoadFailed
 from serve_app.engines.base import EngineOptions
 from serve_app.engines.configs import sections
 from serve_app.engines.files import read_object
@@ -104,6 +104,20 @@ def load_dtype(info: ModelInfo, options: EngineOptions) -> str:
     return wanted if wanted == "bfloat16" and cpu_has_bfloat16() else "float32"
 
 
+def quantization(options: EngineOptions) -> str | None:
+    """How the weights are held: ``extra`` may set ``quantize`` to "int8", on a CPU.
+
+    Raises:
+        InvalidConfig: it is set to something else, or there is a GPU.
+    """
+    kind = extra(options, "quantize", None)
+    if kind is None:
+        return None
+    if kind != "int8" or extra(options, "use_gpu", False):
+        raise InvalidConfig("quantize is int8, for models on a CPU.")
+    return str(kind)
+
+
 @lru_cache(maxsize=1)
 def cpu_has_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 in hardware (Linux; false where that cannot be known)."""
@@ -131,6 +145,9 @@ def needed_bytes(info: ModelInfo, options: EngineOptions) -> MemoryNeed:
         weights = info.parameters * ITEM_BYTES[dtype]
     config = read_object(Path(info.path) / "config.json")
     item_bytes = ITEM_BYTES.get(dtype, 2)
+    if quantization(options) and info.parameters:
+        # A byte each, and the embedding as it was: lookups need it.
+        weights = info.parameters + item_bytes * _embedding(config)
     return MemoryNeed(weights, _kv_bytes(config, item_bytes, kv_tokens(info, options)))
 
 
@@ -144,6 +161,13 @@ def _kv_bytes(config: Mapping[str, Any], item_bytes: int, tokens: int) -> int:
     per_layer = 2 * item_bytes * (_number(section, "num_key_value_heads", "num_kv_heads") or heads)
     per_layer *= _number(section, "head_dim", "d_kv") or width // heads
     return per_layer * _layers(section) * tokens
+
+
+def _embedding(config: Mapping[str, Any]) -> int:
+    """Elements of the largest embedding."""
+    sizes = (_number(section, "vocab_size") or 0 for section in sections(config))
+    widths = (_number(section, "hidden_size", "n_embd", "d_model") or 0 for section in sections(config))
+    return max((size * width for size, width in zip(sizes, widths, strict=True)), default=0)
 
 
 def _layers(section: Mapping[str, Any]) -> int:

@@ -9,13 +9,16 @@ MAX_CHUNK_GPU = 4096
 """A GPU is not busy with less."""
 SHARE = 0.6
 """Of a step's time that reading may add to it, on average: single passes vary."""
+KEPT = 0.8
+"""Of what earlier passes told, after one more."""
 
 
 class Pace:
     """How many tokens of prompts may travel in one pass, so that running streams wait little longer than for a step.
 
     When newcomers outnumber the running streams, more of them wait than would be kept waiting: they get more, by the
-    square of the ratio. Times are smoothed over a few passes.
+    square of the ratio. A pass takes as long as a step, and something for each token of prompts; on a GPU that is next
+    to nothing. Times are smoothed over a few passes.
 
     Args:
         most: tokens of prompts in one pass.
@@ -24,24 +27,20 @@ class Pace:
     def __init__(self, most: int = MAX_CHUNK) -> None:
         self._most = most
         self._step_s: float | None = None
-        self._token_s: float | None = None
+        self._more_s = self._tokens = 0.0
 
     def passed(self, steps: int, tokens: int, seconds: float) -> None:
         """A pass with a step of so many streams, and so many tokens of prompts, took so long."""
-        if not tokens:
-            self._step_s = _smooth(self._step_s, seconds)
-        elif not steps:
-            self._token_s = _smooth(self._token_s, seconds / tokens)
-        elif self._step_s is not None:
-            self._token_s = _smooth(self._token_s, max(0.0, seconds - self._step_s) / tokens)
+        if tokens:
+            # Sums, so that the noise of a pass with few tokens does not count as much as a pass with many.
+            self._more_s = KEPT * self._more_s + seconds - (self._step_s or 0.0)
+            self._tokens = KEPT * self._tokens + tokens
+        else:
+            self._step_s = seconds if self._step_s is None else KEPT * self._step_s + (1 - KEPT) * seconds
 
     def allowance(self, running: int, reading: int) -> int:
         """Tokens, a multiple of :data:`BLOCK`."""
-        if not running or self._step_s is None or not self._token_s:
+        if not running or self._step_s is None or self._more_s <= 0:
             return self._most
-        tokens = int(SHARE * self._step_s / self._token_s * max(1.0, reading / running) ** 2)
-        return min(self._most, max(MIN_CHUNK, tokens // BLOCK * BLOCK))
-
-
-def _smooth(old: float | None, new: float) -> float:
-    return new if old is None else 0.8 * old + 0.2 * new
+        tokens = SHARE * self._step_s * self._tokens / self._more_s * max(1.0, reading / running) ** 2
+        return min(self._most, max(MIN_CHUNK, int(min(tokens, self._most)) // BLOCK * BLOCK))

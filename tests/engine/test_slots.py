@@ -307,8 +307,17 @@ def test_the_pace_lets_running_streams_wait_no_longer_than_a_step() -> None:
     assert pace.allowance(running=4, reading=8) == 240
     assert pace.allowance(running=0, reading=1) == MAX_CHUNK
     for _ in range(50):
-        pace.passed(steps=0, tokens=10, seconds=0.010)
+        pace.passed(steps=0, tokens=10, seconds=0.050)
     assert pace.allowance(running=4, reading=1) == MIN_CHUNK
+
+
+def test_where_a_pass_costs_the_same_however_long_prompts_are_read_whole() -> None:
+    pace = Pace(4096)
+    pace.passed(steps=0, tokens=100, seconds=0.030)  # the first seems dear: it holds what every pass costs
+    for noise in (0.004, -0.004) * 10:
+        pace.passed(steps=8, tokens=0, seconds=0.030)
+        pace.passed(steps=8, tokens=16, seconds=0.030 + noise)
+    assert pace.allowance(running=8, reading=1) > 1000
 
 
 async def test_a_prompt_that_breaks_a_pass_does_not_end_the_running_streams(
