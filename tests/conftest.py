@@ -46,6 +46,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         model_application("model-tiny-vision", model="rotunda/tiny-vision"),
         model_application("model-scripted", model="test/scripted", engine="scripted", options={"tokens": 8}),
         model_application("model-slow", model="test/slow", engine="scripted", options={"tokens": 500, "pace": 0.02}),
+        *(
+            model_application(
+                f"model-{name}",
+                model=f"test/{name}",
+                engine="scripted",
+                max_concurrency=64,
+                max_tokens=1_000_000,
+                frames=framed,
+            )
+            for name, framed in (("framed", True), ("apart", False))
+        ),
     ]
     made = Cluster(tmp_path_factory.mktemp("cluster"), applications)
     shutil.copytree(MODELS / "rotunda", made.models / "rotunda")

@@ -122,6 +122,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[s
         ("replicas", (), 2),
         ("overload", (), 6),
         ("long_streams", ("--streams", "5"), 5),
+        ("frames", ("--tokens", "12"), 4),
         ("cold", (), 7),
         ("gateway", ("--requests", "2"), 2),
         ("soak", ("--minutes", "0.05"), 5),

@@ -82,6 +82,7 @@ class Viewer:
     rewinds: int = 0
     returns: int = 0
     faults: list[str] = field(default_factory=list)
+    model: str = MODEL
 
     async def watch(self, client: httpx.AsyncClient) -> Viewer:
         key = secrets.token_hex(16)
@@ -94,7 +95,7 @@ class Viewer:
                     self.returns += 1
                     asked = client.stream("GET", path, headers={"Last-Event-ID": str(self.last)} if self.last else {})
                 else:
-                    body = {"message": self.message, "model": MODEL}
+                    body = {"message": self.message, "model": self.model}
                     asked = client.stream("POST", "/api/stream-message", json=body, headers={"Idempotency-Key": key})
                 async with asked as response:
                     if response.status_code == 200:
