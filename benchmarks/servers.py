@@ -106,10 +106,20 @@ def on(server: Server, surface: str) -> Server:
 
 def _until_ready(cluster: Cluster, model: str) -> None:
     deadline = time.monotonic() + START_S
-    while (state := cluster.model(model)["state"]) not in ("ready", "busy"):
-        if state == "failed" or time.monotonic() > deadline:
-            raise RuntimeError(f"{model} is {state}: {cluster.model(model).get('reason')}")
+    while (shown := _shown(cluster, model)).get("state") not in ("ready", "busy"):
+        if shown.get("state") == "failed" or time.monotonic() > deadline:
+            raise RuntimeError(f"{model} is {shown.get('state', 'not known')}: {shown.get('reason')}")
         time.sleep(0.2)
+
+
+def _shown(cluster: Cluster, model: str) -> dict[str, Any]:
+    """The model as the cluster shows it; empty while it does not know it yet."""
+    try:
+        return cluster.model(model)
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code != httpx.codes.NOT_FOUND:
+            raise
+        return {}
 
 
 @contextlib.contextmanager

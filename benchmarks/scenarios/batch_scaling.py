@@ -185,11 +185,11 @@ def main() -> None:
     arguments = parser(__doc__, rounds=5)
     arguments.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     arguments.add_argument("--threads", type=int, default=1)
-    arguments.add_argument("--tokens", type=int, help="of each reply (default 128; 48 with --quick)")
+    arguments.add_argument("--tokens", type=int, help="of each reply (default 128; 96 with --quick)")
     arguments.add_argument("--budget", type=float, help="seconds for each size")
     given = arguments.parse_args()
     result = Result.begin("batch_scaling", "What sharing a forward pass is worth: the bare engine", given)
-    result.settings |= {"threads": given.threads, "new_tokens": given.tokens or (48 if given.quick else 128)}
+    result.settings |= {"threads": given.threads, "new_tokens": given.tokens or (96 if given.quick else 128)}
     for size in given.sizes:
         one_size(size, given, result)
         result.write()

@@ -19,9 +19,9 @@ from tests.serve.test_durable_streams import Viewer
 from tests.serve.test_fleet import alive, pids
 from tests.sse import events, text_of
 
-pytestmark = pytest.mark.timeout(300)
 REQUESTS = int(os.environ.get("ROTUNDA_SOAK_REQUESTS", "150"))
 """10,000 for the long one."""
+pytestmark = pytest.mark.timeout(300 + REQUESTS // 4)
 STREAMS, TOKENS = 8, 200
 MESSAGE, ENDLESS = f"[[tokens={TOKENS} pace=0.02]]", "[[tokens=1000000 pace=0.02]]"
 TEXT = " ".join(f"word{n}" for n in range(TOKENS))
