@@ -89,6 +89,9 @@ def _load(info: ModelInfo, options: EngineOptions, on_progress: Progress, classe
     dtype = load_dtype(info, options)
     device = "cuda" if extra(options, "use_gpu", False) and torch.cuda.is_available() else "cpu"
     placement = {"device_map": "auto" if torch.cuda.device_count() > 1 else {"": 0}} if device == "cuda" else {}
+    if device == "cuda":
+        # It prepares itself anew for every shape, and no two pieces of prompts have the same.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     torch_dtype = "auto" if info.quantization else getattr(torch, dtype)
     factory = getattr(transformers, classes[info.task or Task.TEXT_GENERATION])
     model, attention = _weights(factory, info.path, dtype=torch_dtype, **placement)
