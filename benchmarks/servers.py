@@ -55,6 +55,7 @@ def rotunda(
     gateway: Mapping[str, Any] | None = None,
     environment: Mapping[str, str] | None = None,
     applications: Sequence[Mapping[str, Any]] = (),
+    gateway_from: str = "deployments.gateway:build",
     surface: str = "sse",
     num_cpus: int = 8,
     settings: str = "",
@@ -67,6 +68,7 @@ def rotunda(
         gateway: the gateway's arguments; one ingress when None.
         environment: more variables.
         applications: more entries of ``serve_config.yaml``.
+        gateway_from: import path of the gateway application.
     """
     home = Path(tempfile.mkdtemp(prefix="rotunda-bench-"))
     store = {"HF_MODEL_PATH": str(ensure(list(sizes)))} if sizes else {}
@@ -78,6 +80,7 @@ def rotunda(
         gateway=gateway or {"ingress_min_replicas": 1, "ingress_max_replicas": 1},
         num_cpus=num_cpus,
     )
+    cluster.config["applications"][0]["import_path"] = gateway_from
     try:
         _start(cluster)
         for args in models:

@@ -10,6 +10,11 @@ from serve_app.config import GatewayArgs
 
 def build(args: GatewayArgs) -> Application:
     """The gateway from its arguments; ``ingress`` scales between its bounds, ``router`` is one replica."""
+    return assembled(args, Ingress)
+
+
+def assembled(args: GatewayArgs, of: type) -> Application:
+    """The gateway with this class as its ingress."""
     router = serve.deployment(
         Router,
         name="router",
@@ -19,7 +24,7 @@ def build(args: GatewayArgs) -> Application:
         health_check_period_s=2,
     )
     ingress = serve.deployment(
-        Ingress,
+        of,
         name="ingress",
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=5_000,

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import psutil
 
 from tests.cluster import free_port
 
 UNPRIVILEGED = "nobody"
-# Durability against a crash of the machine costs each commit a disk flush, and no test looks at it.
 OPTIONS = (
-    "fsync=off",
     "listen_addresses=127.0.0.1",
     "unix_socket_directories=",
     "max_connections=200",
@@ -59,9 +58,14 @@ def _copied(programs: Path, home: Path) -> Path:
 
 
 class Postgres:
-    """One server on a port of its own; :meth:`start` and :meth:`stop` may alternate, the data stay."""
+    """One server on a port of its own; :meth:`start` and :meth:`stop` may alternate, the data stay.
 
-    def __init__(self) -> None:
+    Args:
+        durable: against a crash of the machine. It costs each commit a disk flush, and no test looks at it.
+    """
+
+    def __init__(self, durable: bool = False) -> None:
+        self._options = (*OPTIONS, f"fsync={'on' if durable else 'off'}")
         self.home = Path(tempfile.mkdtemp(prefix="rotunda-postgres-"))
         self.port = free_port()
         self._programs = find_programs()
@@ -92,7 +96,7 @@ class Postgres:
         assert done.returncode == 0, (self.home / "programs.log").read_text()
 
     def start(self) -> None:
-        options = " ".join(f"-c {option}" for option in (*OPTIONS, f"port={self.port}"))
+        options = " ".join(f"-c {option}" for option in (*self._options, f"port={self.port}"))
         self._run("pg_ctl", "start", "-w", "-t", "60", "-D", self._data, "-l", self.home / "server.log", "-o", options)
 
     def stop(self) -> None:
@@ -103,6 +107,11 @@ class Postgres:
         """End the server for good."""
         self.stop()
         shutil.rmtree(self.home)
+
+    def processes(self) -> list[psutil.Process]:
+        """The server and its workers."""
+        server = psutil.Process(int((self._data / "postmaster.pid").read_text().split()[0]))
+        return [server, *server.children()]
 
     def url(self, database: str) -> str:
         return f"postgresql+asyncpg://rotunda@127.0.0.1:{self.port}/{database}"

@@ -35,8 +35,8 @@ def scripted(**args: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def contender(server: Server, streams: int, tokens: int) -> Contender:
-    """``streams`` replies of ``tokens`` tokens at once, all sent together."""
+def contender(server: Server, streams: int, tokens: int, pace: float = PACE) -> Contender:
+    """``streams`` replies of ``tokens`` tokens at once, all sent together; one token is due per ``pace`` seconds."""
 
     def one_round(seed: int) -> dict[str, float]:
         planned = [Planned(0.0, server.model, f"stream {index} of {seed}", tokens) for index in range(streams)]
@@ -47,7 +47,7 @@ def contender(server: Server, streams: int, tokens: int) -> Contender:
             raise RuntimeError(f"{server.name}: {found['errors']}")
         gaps = [gap for sample in run.samples for gap in sample.gaps]
         return {
-            "share": offered_share(run.samples, tokens),
+            "share": offered_share(run.samples, tokens, pace),
             "gap_p50_ms": percentile(gaps, 50) * 1000,
             "gap_p99_ms": percentile(gaps, 99) * 1000,
             "cpu_us_per_token": meter.spent.total / found["total_output_tokens"] * 1e6,
@@ -58,12 +58,12 @@ def contender(server: Server, streams: int, tokens: int) -> Contender:
     return Contender(server.name, one_round, server.processes)
 
 
-def offered_share(samples: Sequence[Sample], tokens: int) -> float:
+def offered_share(samples: Sequence[Sample], tokens: int, pace: float = PACE) -> float:
     """The rate that arrived over the rate that was offered, all streams together: from the first token of any to the
-    last token of any, one token per PACE and stream was offered."""
+    last token of any, one token per ``pace`` and stream was offered."""
     begun = min(sample.times[0] for sample in samples)
     ended = max(sample.times[-1] for sample in samples)
-    return (tokens - 1) * PACE / (ended - begun)
+    return (tokens - 1) * pace / (ended - begun)
 
 
 def profiled(server: Server, streams: int, seconds: float = 8.0) -> dict[str, dict[str, float]]:

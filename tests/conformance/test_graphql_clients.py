@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -12,6 +13,7 @@ import pytest
 
 from tests.cluster import Cluster, wait_until
 from tests.conformance import clients
+from tests.serve.test_fleet import doors
 
 TRANSPORTS = ("ws", "sse")
 EVENTS = """
@@ -103,6 +105,24 @@ def test_a_client_that_leaves_ends_a_reply_that_nobody_else_wants(cluster: Clust
     ended = wait_until(lambda: (found := session(cluster, id))["status"] != "ACTIVE" and found, 10, what="its end")
     assert (ended["status"], ended["terminationReason"]) == ("TERMINATED", "CLIENT_DISCONNECTED")
     assert ended["partialResponse"].startswith(text_of(events)) and text_of(events)
+
+
+def test_a_reply_is_come_back_to_at_every_ingress(cluster: Cluster, client: Client):
+    """Begun at one ingress and left; a viewer who was there and one who was not come to each, while it runs."""
+    at = [Client(client.transport, url) for url in doors(cluster)]
+    assert len(at) == 2
+    message = {"conversationId": client.conversation(), "message": "[[tokens=150]]", "model": "test/slow"}
+    begun = at[0].events(SEND, take=20, input=message)
+    id = begun[0]["sessionId"]
+    with ThreadPoolExecutor() as pool:
+        asked = [(one, after) for one in at for after in (0, begun[-1]["seq"])]
+        told = list(pool.map(lambda each: each[0].events(FOLLOW, id=id, after=each[1]), asked))
+    whole = " ".join(f"word{n}" for n in range(150))
+    for (_, after), events in zip(asked, told, strict=True):
+        seen = begun + events if after else events
+        assert [event["seq"] for event in seen] == list(range(1, len(seen) + 1))
+        assert text_of(seen) == whole
+        assert [event["__typename"] for event in seen].count("EndEvent") == 1 and seen[-1]["finishReason"] == "stop"
 
 
 def test_an_expected_failure_reaches_the_client_as_a_graphql_error(client: Client):

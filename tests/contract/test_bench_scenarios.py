@@ -38,13 +38,23 @@ class Standing:
 
     url: str
     home: Path
+    made: LocalPlatform
+
+    def counted(self, figure: str, model: str) -> float:
+        counters = self.made.backend.engines[model].counters()
+        return {
+            "rotunda_engine_tokens": counters.completion_tokens,
+            "rotunda_tokens_after_cancel": counters.tokens_after_cancel,
+        }[figure]
 
     def model(self, name: str) -> dict[str, Any]:
         return dict(httpx.get(f"{self.url}/api/models/{name}", timeout=30).json())
 
 
 @contextlib.contextmanager
-def platform(models: Sequence[Mapping[str, Any]], folder: Path) -> Iterator[str]:
+def platform(
+    models: Sequence[Mapping[str, Any]], folder: Path, database_url: str | None = None
+) -> Iterator[tuple[str, LocalPlatform]]:
     """The URL of the application with these scripted models, in a loop and thread of its own."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
@@ -52,7 +62,7 @@ def platform(models: Sequence[Mapping[str, Any]], folder: Path) -> Iterator[str]
 
     async def make() -> tuple[LocalPlatform, str]:
         infos = [ModelInfo(str(args["model"]), "", capabilities=CHAT, context_length=1_000_000) for args in models]
-        made = await build_services(folder, models=infos)
+        made = await build_services(folder, models=infos, database_url=database_url)
         for info, args in zip(infos, models, strict=True):
             given = {**args, "engine": "scripted"}
             made.backend.engines[info.id] = ScriptedEngine(info, EngineOptions(**ModelArgs(**given).engine_options()))
@@ -60,7 +70,7 @@ def platform(models: Sequence[Mapping[str, Any]], folder: Path) -> Iterator[str]
 
     made, url = asyncio.run_coroutine_threadsafe(make(), loop).result(60)
     try:
-        yield url
+        yield url, made
     finally:
         asyncio.run_coroutine_threadsafe(made.close(), loop).result(60)
         loop.call_soon_threadsafe(loop.stop)
@@ -83,16 +93,23 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[s
         return made
 
     @contextlib.contextmanager
-    def rotunda(models: Sequence[Mapping[str, Any]], *, surface: str = "sse", **_: Any) -> Iterator[Server]:
-        home = folder()
-        with platform(models or [{"model": "lab/instant", "options": {"tokens": 16}}], home) as url:
+    def rotunda(
+        models: Sequence[Mapping[str, Any]],
+        *,
+        surface: str = "sse",
+        environment: Mapping[str, str] | None = None,
+        **_: Any,
+    ) -> Iterator[Server]:
+        home, url = folder(), (environment or {}).get("DATABASE_URL")
+        offered = models or [{"model": "lab/instant", "options": {"tokens": 16}}]
+        with platform(offered, home, url) as (url, made):
             first = str(models[0]["model"]) if models else ""
-            yield Server("Rotunda", url, first, SURFACES[surface], "", processes, Standing(url, home))  # type: ignore[arg-type]
+            yield Server("Rotunda", url, first, SURFACES[surface], "", processes, Standing(url, home, made))  # type: ignore[arg-type]
 
     @contextlib.contextmanager
     def plain_serve(model: str, *, options: Mapping[str, Any] | None = None, **_: Any) -> Iterator[Server]:
         extra = dict((options or {}).get("extra", {}))
-        with platform([{"model": model, "options": extra, "max_concurrency": 128}], folder()) as url:
+        with platform([{"model": model, "options": extra, "max_concurrency": 128}], folder()) as (url, _made):
             yield Server("plain Serve", url, model, SURFACES["completions"], "", processes)
 
     @contextlib.contextmanager
@@ -100,9 +117,15 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[s
         raise PeerMissing("it is not installed")
         yield
 
+    def counted(server: Server, figure: str, model: str) -> float:
+        assert isinstance(server.cluster, Standing)
+        return server.cluster.counted(figure, model)
+
+    doubles = {"rotunda": rotunda, "plain_serve": plain_serve, "litellm": missing, "counted": counted}
+
     def main(name: str, *words: str) -> dict[str, Any]:
         module = importlib.import_module(f"benchmarks.scenarios.{name}")
-        for attribute, double in (("rotunda", rotunda), ("plain_serve", plain_serve), ("litellm", missing)):
+        for attribute, double in doubles.items():
             if hasattr(module, attribute):
                 monkeypatch.setattr(module, attribute, double)
         monkeypatch.setattr("benchmarks.protocol.look", lambda seconds: Quiet(0.0, 0.0, 0.0))
@@ -125,6 +148,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[s
         ("frames", ("--tokens", "12"), 4),
         ("cold", (), 7),
         ("gateway", ("--requests", "2"), 2),
+        ("store_cost", ("--databases", "SQLite", "--tokens", "10"), 10),
         ("soak", ("--minutes", "0.05"), 5),
     ],
 )

@@ -26,8 +26,10 @@ import pytest
 from serve_app.domain.stream_log import Transcript
 from serve_app.store import Store, migrate
 from tests.cluster import Cluster, model_application, wait_until
+from tests.ollama_server import nothing_listens
 from tests.postgres import Postgres
 from tests.serve.test_fleet import pids
+from tests.serve.test_remote_providers import upstream
 from tests.sse import events
 
 pytestmark = [pytest.mark.own_cluster, pytest.mark.timeout(600)]
@@ -60,11 +62,18 @@ def platform(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         migrate.upgrade(url)
     model = model_application("model-paced", model=MODEL, engine="scripted", options={"tokens": TOKENS, "pace": PACE})
     model["args"] |= {"max_concurrency": 64}
-    cluster = Cluster(home, [model], environment={"DATABASE_URL": url})
+    with nothing_listens() as nowhere:
+        cluster = Cluster(home, [model, upstream("gone", nowhere)], environment={"DATABASE_URL": url})
+        with started(cluster):
+            yield Platform(cluster, url, server)
+
+
+@contextlib.contextmanager
+def started(cluster: Cluster) -> Iterator[None]:
     cluster.start()
     try:
         wait_until(lambda: httpx.get(f"{cluster.url}/ready", timeout=30).status_code == 200, 30, what="/ready")
-        yield Platform(cluster, url, server)
+        yield
     finally:
         assert cluster.stop() == 0, cluster.log
 
@@ -183,6 +192,23 @@ async def settled(platform: Platform) -> None:
     )
 
 
+@contextlib.asynccontextmanager
+async def away(platform: Platform) -> AsyncIterator[None]:
+    """The database cannot be used: PostgreSQL is stopped, SQLite's file locked."""
+    if platform.postgres is not None:
+        await asyncio.to_thread(platform.postgres.stop)
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(platform.postgres.start)
+        return
+    file = Path(platform.url.removeprefix("sqlite+aiosqlite:///"))
+    with closing(sqlite3.connect(file, isolation_level=None)) as holder:
+        holder.execute("BEGIN EXCLUSIVE")
+        yield
+        holder.execute("ROLLBACK")
+
+
 async def test_a_killed_ingress_loses_nothing(platform: Platform) -> None:
     await settled(platform)
 
@@ -194,22 +220,52 @@ async def test_a_killed_ingress_loses_nothing(platform: Platform) -> None:
     assert sum(viewer.returns > 0 for viewer in viewers) >= 1, "the killed ingress had no stream"
 
 
+async def test_a_killed_model_replica_loses_nothing(platform: Platform) -> None:
+    """Every stream goes on with the next replica from the tokens that were told; no client has to come back."""
+    await settled(platform)
+
+    async def kill(viewers: list[Viewer]) -> None:
+        (replica,) = [pid for name, pid in pids(platform.cluster).items() if name.startswith("model-paced/")]
+        os.kill(replica, signal.SIGKILL)
+
+    viewers = await disturbed(platform, kill)
+    await check(platform, viewers)
+    assert [viewer.returns for viewer in viewers] == [0] * STREAMS
+
+
+async def test_the_models_are_listed_whatever_is_away(platform: Platform) -> None:
+    """A provider that is down says so, and hides no other; the conversations' database has no part in it."""
+    await settled(platform)
+    async with clients(platform) as client:
+        async with asyncio.timeout(60):
+            while not (await listed(client)).get("gone", {}).get("error"):  # noqa: ASYNC110
+                await asyncio.sleep(0.2)
+        async with away(platform):
+            for _ in range(6):  # whichever ingress answers
+                seen = await listed(client)
+                assert (seen["gone"]["status"], seen["huggingface"]["status"]) == ("error", "ok")
+                assert "cannot be reached" in seen["gone"]["error"]
+    await settled(platform)
+
+
+async def listed(client: httpx.AsyncClient) -> dict[str, dict[str, Any]]:
+    """The providers, as ``availableModels`` tells them within 2 s beside every model that there is."""
+    query = "{ availableModels { models providers { name status error modelCount } } }"
+    asked = time.monotonic()
+    answer = (await client.post("/graphql", json={"query": query})).json()
+    assert time.monotonic() - asked < 2
+    assert "errors" not in answer, answer
+    assert answer["data"]["availableModels"]["models"] == [MODEL]
+    return {provider["name"]: provider for provider in answer["data"]["availableModels"]["providers"]}
+
+
 async def test_a_database_that_is_away_for_5_s_loses_nothing(platform: Platform) -> None:
     await settled(platform)
 
     async def take_away(viewers: list[Viewer]) -> None:
         before = sum(len(viewer.text) for viewer in viewers)
-        async with asyncio.timeout(60):
-            if platform.postgres is not None:
-                await asyncio.to_thread(platform.postgres.stop)
-                await asyncio.sleep(AWAY_S)
-                await asyncio.to_thread(platform.postgres.start)
-            else:
-                file = Path(platform.url.removeprefix("sqlite+aiosqlite:///"))
-                with closing(sqlite3.connect(file, isolation_level=None)) as holder:
-                    holder.execute("BEGIN EXCLUSIVE")
-                    await asyncio.sleep(AWAY_S)
-                    holder.execute("ROLLBACK")
+        async with asyncio.timeout(60), away(platform):
+            await asyncio.sleep(AWAY_S)
         # The tokens did not wait for the log.
         assert sum(len(viewer.text) for viewer in viewers) > before
 

@@ -261,6 +261,18 @@ def _http_ports(cluster: Cluster) -> set[int]:
     return replicas | {cluster.port, cluster.dashboard_port}
 
 
+def doors(cluster: Cluster) -> list[str]:
+    """The URL of each ingress by itself: which of them answers at the cluster's own URL is the proxy's choice."""
+    ingresses = {pid for name, pid in pids(cluster).items() if name.startswith("gateway/ingress")}
+    return [
+        f"http://127.0.0.1:{connection.laddr.port}"
+        for connection in psutil.net_connections("tcp")
+        if connection.pid in ingresses
+        and connection.status == psutil.CONN_LISTEN
+        and 20_000 <= connection.laddr.port < 30_000
+    ]
+
+
 @pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Origin": "http://evil.example"}])
 def test_a_foreign_host_and_a_cross_origin_post_are_refused(cluster: Cluster, headers: dict[str, str]) -> None:
     body = {"message": "hi", "model": "test/scripted"}
