@@ -49,7 +49,7 @@ SETS: dict[str, tuple[Step, ...]] = {
         Step("batch_scaling", (), 6),
         Step("frames", (), 4),
         Step("int8", (), 4),
-        Step("store_cost", (), 4),
+        Step("store_cost", (), 8),
         Step("tracing_cost", (), 4),
         Step("swap", (), 4),
         Step("engine", ("--sizes", "90M", "--budget", "90", "--slow-rounds", "1", *PEERS), 10),

@@ -313,7 +313,8 @@ class Gateway:
             failures = left = 0
             while True:
                 news = [step for step in (switch, Routed(candidate, len(transcript.parts) + 1)) if step]
-                self._breakers.tried(candidate.entry, self._clock())
+                begun = self._clock()
+                self._breakers.tried(candidate.entry, begun)
                 try:
                     async with aclosing(self._attempt(news, ask, candidate, transcript, record)) as steps:
                         async for step in steps:
@@ -323,7 +324,8 @@ class Gateway:
                 except RotundaError as error:
                     left += isinstance(error, ReplicaRetired)
                     failures += not isinstance(error, ReplicaRetired) or left > MOST_RETIREMENTS
-                    delay = self._failed(candidate, error, failures)
+                    spoke = transcript.parts and transcript.parts[-1].tokens > 0
+                    delay = self._failed(candidate, error, failures, begun if spoke else None)
                     failure = worse(failure, error)
                     if (delay is None and rank + 1 == len(candidates)) or final(failure, transcript):
                         raise failure from None
@@ -356,14 +358,16 @@ class Gateway:
                         yield news.pop(0)
                     yield step
 
-    def _failed(self, candidate: Candidate, error: RotundaError, failures: int) -> float | None:
+    def _failed(
+        self, candidate: Candidate, error: RotundaError, failures: int, speaking_since: float | None
+    ) -> float | None:
         """Record a failed attempt; the seconds until the next one on the same candidate, None for no more."""
         self.leases.drop(candidate.entry.full_name)
         error.provider = error.provider or candidate.entry.provider
         now = self._clock()
         # The tries of one request are one failure, and a router that is away is nobody's.
         if failures == 1 and not isinstance(error, RouterAway):
-            self._breakers.failed(candidate.entry, error, now)
+            self._breakers.failed(candidate.entry, error, now, speaking_since)
         else:
             self._breakers.released(candidate.entry)
         if self._breakers.state(candidate.entry, now) is Circuit.OPEN:

@@ -6,8 +6,6 @@ end; everything else (keys, the fleet's memory) is the real store. So what the t
 else: the stream's events, its numbers and its surface are the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any

@@ -233,11 +233,11 @@ def _both(one: Processes, other: Processes) -> Processes:
 
 def main() -> None:
     arguments = parser(__doc__, rounds=5)
-    arguments.add_argument("--tokens", type=int, help="of each stream (default 400; 100 with --quick)")
+    arguments.add_argument("--tokens", type=int, help="of each stream (default 250; 100 with --quick)")
     arguments.add_argument("--databases", nargs="+", choices=DATABASES, default=list(DATABASES))
     arguments.add_argument("--ingresses", type=int, default=2, help="as many as serve_config.yaml runs, if not said")
     given = arguments.parse_args()
-    tokens = given.tokens or (100 if given.quick else 400)
+    tokens = given.tokens or (100 if given.quick else 250)
     result = Result.begin("store_cost", "What the store costs", given)
     result.settings |= {"streams": STREAMS, "tokens": tokens, "pace_s": PACE, "ingresses": given.ingresses}
     models = [

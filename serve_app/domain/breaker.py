@@ -41,11 +41,15 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Breaker:
-    """``failures`` in a row; when it ``opened``, and since when a try is under way (clock seconds, or None)."""
+    """``failures`` in a row, and when the last one ``came``; when it ``opened``, and since when a try is under way.
+
+    Times are clock seconds, or None.
+    """
 
     failures: int = 0
     opened: float | None = None
     trying: float | None = None
+    came: float | None = None
 
     def state(self, now: float, rules: Rules) -> Circuit:
         if self.opened is None:
@@ -65,7 +69,7 @@ class Breaker:
     def failed(self, now: float, rules: Rules) -> Breaker:
         failures = self.failures + 1
         opens = self.opened is not None or failures >= rules.threshold
-        return Breaker(failures, now if opens else None)
+        return Breaker(failures, now if opens else None, came=now)
 
     def released(self) -> Breaker:
         """The try ended without saying anything about the health, for instance because its client left."""
@@ -126,12 +130,19 @@ class Breakers:
         for key in _keys(entry):
             self._by_key.pop(key, None)
 
-    def failed(self, entry: Entry, error: RotundaError, now: float) -> None:
-        """A call ended with ``error``, which may say something about the health of the model, or of its provider."""
+    def failed(self, entry: Entry, error: RotundaError, now: float, speaking_since: float | None = None) -> None:
+        """A call ended with ``error``, which may say something about the health of the model, or of its provider.
+
+        ``speaking_since``: when the call began, of one that broke off in the middle of its answer. Whatever breaks an
+        answer breaks all that run beside it, which is one failure: those that began before the last one do not count.
+        """
         self.released(entry)
         blamed = _blamed(entry, error)
-        if blamed is not None:
-            self._by_key[blamed] = self._by_key.get(blamed, CLOSED).failed(now, self.rules)
+        if blamed is None:
+            return
+        breaker = self._by_key.get(blamed, CLOSED)
+        if speaking_since is None or breaker.came is None or speaking_since > breaker.came:
+            self._by_key[blamed] = breaker.failed(now, self.rules)
 
     def released(self, entry: Entry) -> None:
         """A call ended without saying anything about the health."""

@@ -164,7 +164,7 @@ async def check(platform: Platform, viewers: list[Viewer]) -> None:
     try:
         for viewer in viewers:
             assert viewer.faults == [], viewer
-            assert [name for name, _ in viewer.ends] == ["end"], viewer
+            assert [name for name, _ in viewer.ends] == ["end"], viewer.ends
             assert viewer.text == TEXT, viewer
             _, rows = (await store.read_log({viewer.session["sessionId"]: 0}))[viewer.session["sessionId"]]
             told = Transcript()

@@ -128,7 +128,10 @@ class Told:
 
 
 async def ask(fleet: Fleet, request: GenerationRequest | None = None, **limits: Any) -> Told:
-    gateway = Gateway(fleet, fleet, Limits(**({"backoff": Backoff(3, 0)} | limits)))
+    return await hear(Gateway(fleet, fleet, Limits(**({"backoff": Backoff(3, 0)} | limits))), request)
+
+
+async def hear(gateway: Gateway, request: GenerationRequest | None = None) -> Told:
     told = Told()
     try:
         async for step in gateway.reply(Ask("t", "a"), request or request_of()):
@@ -161,6 +164,14 @@ async def test_a_model_that_breaks_off_again_and_again_goes_on_as_often_as_it_ma
     assert told.text == WHOLE and told.end.finish.usage == Usage(1, 16)
     told = await ask(Fleet({"a": engine("a")}, [("a", 4, GONE)] * 3))
     assert told.text == " ".join(f"word{n}" for n in range(12)) and told.error is GONE
+
+
+async def test_a_replica_that_dies_with_many_replies_is_one_failure_and_all_of_them_go_on() -> None:
+    fleet = Fleet({"a": engine("a", pace=0.01)}, [("a", 8, GONE)] * 20)
+    gateway = Gateway(fleet, fleet, Limits(backoff=Backoff(3, 0)))
+    for told in await asyncio.gather(*(hear(gateway) for _ in range(20))):
+        assert told.text == WHOLE and told.end.finish.usage == Usage(1, 16)
+    assert len(fleet.called) == 40
 
 
 async def test_another_model_goes_on_by_text_and_the_client_is_told_when_it_does() -> None:

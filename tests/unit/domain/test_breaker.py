@@ -42,6 +42,18 @@ def test_it_opens_after_as_many_failures_in_a_row_as_the_threshold_says() -> Non
     assert breaker.retry_in_s(2, RULES) == 10
 
 
+def test_answers_that_break_together_are_one_failure() -> None:
+    """The death of a replica breaks all its answers, and says no more than the first of them."""
+    made, broke = Breakers(RULES), ProviderUnavailable("it is gone")
+    for begun in (1.0, 2.0, 3.0, 4.0):
+        made.failed(LOCAL, broke, now=5.0, speaking_since=begun)
+    assert made.state(LOCAL, 5.0) is Circuit.CLOSED
+    # What began after that failed by itself, and so does a call that gets no word out.
+    made.failed(LOCAL, broke, now=6.0, speaking_since=5.5)
+    made.failed(LOCAL, broke, now=6.0)
+    assert made.state(LOCAL, 6.0) is Circuit.OPEN
+
+
 def test_after_its_time_one_try_passes_and_a_failure_opens_it_at_once_again() -> None:
     breaker = CLOSED.failed(0, RULES).failed(0, RULES).failed(0, RULES)
     assert breaker.state(9.9, RULES) is Circuit.OPEN
