@@ -351,11 +351,18 @@ class Gateway:
         async with aclosing(self._secure(ask, candidate, record)) as waits:
             async for wait in waits:
                 yield wait
+        accepted: Accepted | None = None
         with record.attempt(candidate):
             async with aclosing(self._stream(candidate, transcript, record)) as steps:
                 async for step in steps:
-                    while news and not isinstance(step, Loading):  # a load is no word of the model yet
+                    if news and isinstance(step, Accepted):  # no word of the model yet, as a load is none
+                        accepted = step
+                        continue
+                    while news and not isinstance(step, Loading):
                         yield news.pop(0)
+                    if accepted is not None and not news:
+                        yield accepted
+                        accepted = None
                     yield step
 
     def _failed(

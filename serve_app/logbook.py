@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from serve_app.domain.conversation import TerminationReason
 from serve_app.domain.errors import RotundaError
@@ -68,24 +68,33 @@ class Logbook:
         self._replies = replies
         self._contact = contact
         self._urgent = asyncio.Event()
+        self._hurried: set[str] = set()
         self._turn = asyncio.Lock()
         self._renewed = float("-inf")
 
-    def hurry(self) -> None:
-        """Write now: a stream has begun to speak."""
+    def hurry(self, session_id: str) -> None:
+        """Write what this stream has now: it has begun to speak."""
+        self._hurried.add(session_id)
         self._urgent.set()
 
     async def run(self) -> None:
         """Write once per tick, for ever."""
+        loop, tick_s = asyncio.get_running_loop(), self._limits.tick_s
+        due = loop.time() + tick_s
         while True:
             try:
-                async with asyncio.timeout(self._limits.tick_s):
+                async with asyncio.timeout_at(due):
                     await self._urgent.wait()
             except TimeoutError:
                 pass
             self._urgent.clear()
+            hurried, self._hurried = self._hurried, set()
+            if loop.time() < due:
+                await self.write(hurried)
+                continue
             if self._replies:
                 await self.write()
+            due = max(due + tick_s, loop.time() + tick_s / 2)  # a store that is slow, or away, is let breathe
 
     async def settle(self, reply: LiveReply) -> None:
         """Return when no batch with events of this reply is on its way, nor will be: it writes the rest itself."""
@@ -93,14 +102,16 @@ class Logbook:
         async with self._turn:
             pass
 
-    async def write(self) -> None:
-        """One transaction: what the replies have to log, and every so often their ownership."""
+    async def write(self, only: Collection[str] | None = None) -> None:
+        """One transaction: what all replies, or ``only`` these, have to log, and every so often their ownership."""
         loop = asyncio.get_running_loop()
         async with self._turn:
-            replies = dict(self._replies)
+            replies = {id: reply for id, reply in self._replies.items() if only is None or id in only}
+            if not replies:
+                return
             batches = {id: rows for id, reply in replies.items() if not reply.leaving and (rows := reply.batch())}
             began = loop.time()
-            renews = began - self._renewed >= self._limits.ownership_s / 5
+            renews = only is None and began - self._renewed >= self._limits.ownership_s / 5
             try:
                 pulses = await self._store.write_log(
                     self._owner, list(replies), batches, self._limits.ownership_s if renews else None

@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from serve_app.author import Author
@@ -301,7 +302,7 @@ class Sessions:
 
     def _take(self, reply: LiveReply, life: Coroutine[Any, Any, None]) -> None:
         """Let the reply live, in a task of its own."""
-        reply.hurry = self._logbook.hurry
+        reply.hurry = partial(self._logbook.hurry, reply.session.id)
         self._live[reply.session.id] = reply
         task = asyncio.get_running_loop().create_task(life)
         self._tasks.add(task)

@@ -104,6 +104,7 @@ class Transcript:
                 return (*self._told(self._seam.finish() if self._seam else None), self._total(item))
 
     def _accepted(self, accepted: Accepted) -> Sequence[Item]:
+        """Told of every attempt, for its revision; the prompt of the reply is the first one's."""
         if not self.begun:
             self._ids, self._revision, self._earlier = [], accepted.revision, 0
             self._prompt_tokens = accepted.prompt_tokens
@@ -111,8 +112,8 @@ class Transcript:
         if not (self._ids and accepted.revision and accepted.revision == self._revision):
             self._seam = Seam("".join(self._texts))
             self._ids, self._revision, self._earlier = [], accepted.revision, self._length
-        first, self._prompt_tokens = self._prompt_tokens is None, self._prompt_tokens or accepted.prompt_tokens
-        return (accepted,) if first else ()
+        self._prompt_tokens = self._prompt_tokens or accepted.prompt_tokens
+        return (replace(accepted, prompt_tokens=self._prompt_tokens),)
 
     def _told(self, delta: Delta | None) -> Sequence[Item]:
         if delta is None:

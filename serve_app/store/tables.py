@@ -66,7 +66,9 @@ class CleanText(TypeDecorator[str]):
     cache_ok = True
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
-        return None if value is None else _UNSTORABLE.sub("\ufffd", value)
+        if value is None or (value.isascii() and "\x00" not in value):
+            return value
+        return _UNSTORABLE.sub("\ufffd", value)
 
 
 class database_ms(FunctionElement[int]):
@@ -217,21 +219,21 @@ stream_sessions = Table(
 stream_events = Table(
     "stream_events",
     metadata,
-    Column("session_id", CleanText, ForeignKey("stream_sessions.id", ondelete="CASCADE"), primary_key=True),
+    Column("session_id", Text, ForeignKey("stream_sessions.id", ondelete="CASCADE"), primary_key=True),
     Column("seq", Integer, primary_key=True, autoincrement=False),
     Column("epoch", Integer, primary_key=True, autoincrement=False),
     Column("seq_to", Integer, nullable=False),
     Column("text_offset", Integer, nullable=False),
-    Column("kind", CleanText, nullable=False),
+    Column("kind", Text, nullable=False),
     Column("text", CleanText, nullable=False),
     # JSON: the lengths of the events' texts, the fields of an event without text, the ids of the text's tokens.
-    Column("lengths", CleanText),
-    Column("payload", CleanText),
-    Column("token_ids", CleanText),
+    Column("lengths", Text),
+    Column("payload", Text),
+    Column("token_ids", Text),
     Column("provider", CleanText, nullable=False),
     Column("model", CleanText, nullable=False),
     Column("attempt", Integer, nullable=False),
-    Column("revision", CleanText),
+    Column("revision", Text),
     sqlite_with_rowid=False,
 )
 

@@ -120,7 +120,7 @@ async def test_a_second_viewer_elsewhere_sees_the_same_stream_from_its_beginning
     here, there = await make(), await make()
     reply = await begin(here)
     first = asyncio.create_task(read(here, reply.session))
-    await reply.stream.wait_beyond(40)
+    await logged(there, reply, 30)
     late = [asyncio.create_task(read(there, reply.session)) for _ in range(3)]
     middle = asyncio.create_task(read(there, reply.session, after=20))
     seen = await first

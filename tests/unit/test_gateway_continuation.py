@@ -149,7 +149,9 @@ async def test_the_same_model_goes_on_from_its_ids_unseen(after: int) -> None:
     fleet = Fleet({"a": engine("a")}, [("a", after, GONE)])
     told = await ask(fleet)
     assert told.text == WHOLE and told.ids == list(range(16))
-    assert not told.of(Switched) and len(told.of(Accepted)) == 1
+    assert not told.of(Switched)
+    # Each attempt tells its revision, without which its ids could not be gone on with once more.
+    assert told.of(Accepted) == [Accepted(1, 0, "a")] * 2
     assert told.end.finish.usage == Usage(1, 16)
     assert [(part.model, part.attempt, part.tokens) for part in told.end.parts] == [
         ("of-a/a", 1, after), ("of-a/a", 2, 16 - after),
@@ -185,7 +187,7 @@ async def test_another_model_goes_on_by_text_and_the_client_is_told_when_it_does
         ("of-a", 3, 17), ("of-b", 5, 26),
     ]  # fmt: skip
     places = [type(step).__name__ for step in told.steps]
-    assert places[places.index("Switched") :][:3] == ["Switched", "Routed", "Delta"]
+    assert places[places.index("Switched") :][:4] == ["Switched", "Routed", "Accepted", "Delta"]
 
 
 async def test_the_second_model_goes_on_from_its_own_ids_behind_the_first_ones_text() -> None:
@@ -317,7 +319,7 @@ async def test_a_reply_that_another_gateway_began_is_adopted() -> None:
     fleet = Fleet({"a": engine("a")}, [("a", 4, GONE)])
     told = await ask(fleet, replace(request_of(draw_seed=1), continuation=begun))
     assert "word0 word1" + told.text == WHOLE
-    assert told.end.finish.usage == Usage(1, 16) and len(told.of(Accepted)) == 1
+    assert told.end.finish.usage == Usage(1, 16) and told.of(Accepted) == [Accepted(1, 0, "a")] * 2
     assert fleet.called[1].continuation == Continuation(
         "word0 word1 word2 word3 word4 word5", tuple(range(6)), "a", spent=6
     )
