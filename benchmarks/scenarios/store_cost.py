@@ -175,8 +175,8 @@ def opened(server: Server, id: str, times: int) -> Contender:
     def one_round(seed: int) -> dict[str, float]:
         with httpx.Client(base_url=server.url, timeout=60) as client:
             return {
-                "opened_ms": median(_asked(client, OPENED, id) for _ in range(times)),
-                "first_ms": median(_asked(client, FIRST, id) for _ in range(times)),
+                "opened_ms": median(_asked(client, OPENED, id) for _ in range(times)) * 1000,
+                "first_ms": median(_asked(client, FIRST, id) for _ in range(times)) * 1000,
             }
 
     return Contender(id, one_round, server.processes)
