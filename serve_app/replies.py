@@ -22,7 +22,7 @@ from serve_app.domain.generation import ContextPolicy, Delta, Image, Options, Pr
 from serve_app.domain.stream_log import Entry, LogRow, Origin, Transcript, rows_of
 from serve_app.domain.wanted import OnDisconnect, Wanted
 from serve_app.live import LiveStream
-from serve_app.store.records import NewImage
+from serve_app.store.records import NewConversation, NewImage
 from serve_app.telemetry.tracing import Trail
 
 
@@ -56,7 +56,7 @@ class Upload:
 
 @dataclass(frozen=True, slots=True)
 class NewReply:
-    """A message for a conversation, and how its reply is wanted."""
+    """A message for a conversation, and how its reply is wanted. ``fresh``: the conversation begins with it."""
 
     conversation: Conversation
     text: str
@@ -73,6 +73,7 @@ class NewReply:
     trace: Trail = field(default_factory=Trail.quiet)
     idempotency_key: str | None = None
     fingerprint: str | None = None
+    fresh: NewConversation | None = None
 
     def wanted(self) -> Wanted:
         """What is kept with the session."""

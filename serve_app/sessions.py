@@ -125,7 +125,9 @@ class Sessions:
         images = [upload.row for upload in new.uploads]
         try:
             with new.trace.phase("store.write"):
-                question, session = await self._store.begin_reply(opening, text=new.text, images=images)
+                question, session = await self._store.begin_reply(
+                    opening, text=new.text, images=images, conversation=new.fresh
+                )
         except (RotundaError, AlreadyBegun):
             await self._gateway.forget(ask, admission)
             raise

@@ -15,9 +15,9 @@ from ray.serve import Application
 from deployments.gateway import assembled
 from deployments.ingress import Ingress
 from serve_app.config import GatewayArgs
-from serve_app.domain.conversation import Conversation, SessionStatus, StoredMessage, StreamSession
+from serve_app.domain.conversation import SessionStatus, StoredMessage, StreamSession
 from serve_app.domain.stream_log import LogRow
-from serve_app.store.records import BegunReply, NewImage, NewSession, Pulse, new_id, utc_now
+from serve_app.store.records import BegunReply, NewConversation, NewImage, NewSession, Pulse, new_id, utc_now
 from serve_app.store.store import Store
 
 
@@ -28,18 +28,17 @@ class ForgetfulStore(Store):
     def _running(self) -> dict[str, StreamSession]:
         return self.__dict__.setdefault("_sessions", {})  # type: ignore[no-any-return]
 
-    async def create_conversation(
-        self, id: str, tab_name: str, llm_model: str | None = None, password_hash: str | None = None,
-        system_prompt: str | None = None,
-    ) -> Conversation:  # fmt: skip
-        now = utc_now()
-        return Conversation(id, tab_name, llm_model, False, None, system_prompt, now, now)
-
     async def last_messages(self, conversation_id: str, limit: int) -> list[StoredMessage]:
         return []
 
     async def begin_reply(
-        self, new: NewSession, *, text: str, images: Sequence[NewImage] = (), message_id: str | None = None
+        self,
+        new: NewSession,
+        *,
+        text: str,
+        images: Sequence[NewImage] = (),
+        message_id: str | None = None,
+        conversation: NewConversation | None = None,
     ) -> BegunReply:
         now = utc_now()
         session = StreamSession(

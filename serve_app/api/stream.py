@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from datetime import UTC, datetime
 
@@ -27,7 +27,7 @@ from serve_app.domain.errors import (
 )
 from serve_app.domain.events import Numbered
 from serve_app.replies import LiveReply, NewReply
-from serve_app.store.records import AlreadyBegun, new_id
+from serve_app.store.records import AlreadyBegun, NewConversation, new_id
 from serve_app.telemetry.tracing import Trail
 
 TITLE_LENGTH = 60
@@ -56,9 +56,10 @@ class Streams:
         if known is not None:
             return await self._join(known, print_, body, request)
 
-        def wanted(conversation: Conversation, received: Received) -> NewReply:
+        def wanted(conversation: Conversation, fresh: NewConversation | None, received: Received) -> NewReply:
             return NewReply(
                 conversation=conversation,
+                fresh=fresh,
                 text=body.message,
                 model=body.model,
                 system_prompt=body.system_prompt,
@@ -81,26 +82,24 @@ class Streams:
                 if images:
                     with trace.phase("images.read"):
                         received = await block.enter_async_context(self._services.intake.receive(images))
-                conversation = existing or await self._create(body, trace)
-                reply = await self._begun(conversation, wanted, received, existing is None)
+                if existing is not None:
+                    new = wanted(existing, None, received)
+                else:
+                    fresh = await self._fresh(body)
+                    new = wanted(fresh.empty(), fresh, received)
+                reply = await self._begun(new)
         except AlreadyBegun as begun:
             return await self._join(await self._services.store.get_session(begun.session_id), print_, body, request)
         return self._following(reply.session, 0)
 
-    async def _begun(
-        self,
-        conversation: Conversation,
-        wanted: Callable[[Conversation, Received], NewReply],
-        received: Received,
-        fresh: bool,
-    ) -> LiveReply:
-        """The reply, once its stream has begun; a ``fresh`` conversation does not outlive a reply that cannot begin."""
+    async def _begun(self, new: NewReply) -> LiveReply:
+        """The reply, once its stream has begun; a fresh conversation does not outlive a reply that cannot begin."""
+        reply = await self._services.sessions.start(new)
         try:
-            reply = await self._services.sessions.start(wanted(conversation, received))
             await reply.opened()
-        except (RotundaError, AlreadyBegun):
-            if fresh:
-                await self._discard(conversation)
+        except RotundaError:
+            if new.fresh is not None:
+                await self._discard(new.conversation)
             raise
         return reply
 
@@ -154,12 +153,11 @@ class Streams:
             body.conversation_id, password=body.password, token=token_of(request), address=address_of(request)
         )
 
-    async def _create(self, body: StreamMessage, trace: Trail) -> Conversation:
-        """A new conversation; as everywhere, a password makes it private."""
+    async def _fresh(self, body: StreamMessage) -> NewConversation:
+        """A new conversation, which begins with its first reply; as everywhere, a password makes it private."""
         hash = None if body.password is None else await self._services.passwords.hash(body.password)
         title = " ".join(body.message.split())[:TITLE_LENGTH] or "New conversation"
-        with trace.phase("store.write"):
-            return await self._services.store.create_conversation(new_id(), title, body.model, hash, body.system_prompt)
+        return NewConversation(new_id(), title, body.model, hash, body.system_prompt)
 
     async def _discard(self, conversation: Conversation) -> None:
         """The conversation was made for a reply that could not begin, and nobody knows its id."""

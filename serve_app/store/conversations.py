@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
@@ -14,7 +15,7 @@ from serve_app.domain.conversation import Conversation
 from serve_app.domain.errors import InvalidInput, NotFound
 from serve_app.store.engine import Database, whole
 from serve_app.store.files import orphans
-from serve_app.store.records import Cursor, conversation_of, utc_now
+from serve_app.store.records import Cursor, NewConversation, conversation_of, utc_now
 from serve_app.store.tables import conversations, images, messages, password_attempts, stream_sessions
 
 _COUNT = select(func.count()).where(messages.c.conversation_id == conversations.c.id).scalar_subquery()
@@ -45,6 +46,15 @@ async def touch_of(connection: AsyncConnection, session_id: str, now: datetime) 
     return bool(changed.rowcount)
 
 
+async def insert_conversation(connection: AsyncConnection, new: NewConversation) -> Conversation:
+    """Keep a new conversation; InvalidInput when the id is taken."""
+    row = asdict(new) | {"is_private": new.is_private, "created_at": new.created_at, "updated_at": new.created_at}
+    try:
+        return conversation_of((await connection.execute(_CREATE, row)).one())
+    except IntegrityError as error:
+        raise InvalidInput("A conversation with this id already exists.") from error
+
+
 def behind(cursor: Cursor, at: Column[Any], id: Column[Any]) -> tuple[ColumnElement[bool], ...]:
     """What stands behind a place in a list by ``at`` and ``id``, newest first; the first condition is for the index."""
     return at <= cursor.at, or_(at < cursor.at, id < cursor.id)
@@ -69,22 +79,9 @@ class Conversations:
         system_prompt: str | None = None,
     ) -> Conversation:
         """Keep a new conversation; a password hash makes it private. InvalidInput when the id is taken."""
-        now = utc_now()
-        row = {
-            "id": id,
-            "tab_name": tab_name,
-            "llm_model": llm_model,
-            "is_private": password_hash is not None,
-            "password_hash": password_hash,
-            "system_prompt": system_prompt,
-            "created_at": now,
-            "updated_at": now,
-        }
+        new = NewConversation(id, tab_name, llm_model, password_hash, system_prompt)
         async with self._db.write() as connection:
-            try:
-                return conversation_of((await connection.execute(_CREATE, row)).one())
-            except IntegrityError as error:
-                raise InvalidInput("A conversation with this id already exists.") from error
+            return await insert_conversation(connection, new)
 
     @whole
     async def get_conversation(self, id: str) -> Conversation:

@@ -6,7 +6,7 @@ import base64
 import binascii
 import json
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, cast
 
@@ -63,6 +63,29 @@ class Cursor:
         except (binascii.Error, ValueError, TypeError, OverflowError) as error:
             raise InvalidInput("The cursor is not one that this server gave out.") from error
         return cls(at, str(id))
+
+
+@dataclass(frozen=True, slots=True)
+class NewConversation:
+    """A conversation to keep; a password hash makes it private."""
+
+    id: str
+    tab_name: str
+    llm_model: str | None = None
+    password_hash: str | None = None
+    system_prompt: str | None = None
+    created_at: datetime = field(default_factory=utc_now)
+
+    @property
+    def is_private(self) -> bool:
+        return self.password_hash is not None
+
+    def empty(self) -> Conversation:
+        """As it will be kept."""
+        return Conversation(
+            self.id, self.tab_name, self.llm_model, self.is_private, self.password_hash, self.system_prompt,
+            self.created_at, self.created_at,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,14 @@ from serve_app.domain.conversation import SessionStatus, StreamSession, Terminat
 from serve_app.domain.errors import ConversationBusy, InvalidInput
 from serve_app.domain.generation import Timing, Usage
 from serve_app.domain.stream_log import LogRow
-from serve_app.store.conversations import behind, touch_of
+from serve_app.store.conversations import behind, insert_conversation, touch_of
 from serve_app.store.engine import Database, whole
 from serve_app.store.messages import insert_message
 from serve_app.store.records import (
     AlreadyBegun,
     BegunReply,
     Cursor,
+    NewConversation,
     NewImage,
     NewSession,
     session_of,
@@ -45,15 +46,21 @@ class Sessions:
         text: str,
         images: Sequence[NewImage] = (),
         message_id: str | None = None,
+        conversation: NewConversation | None = None,
     ) -> BegunReply:
-        """Store the user's message and open the session that answers it: both or neither.
+        """Store the user's message and open the session that answers it, in a new ``conversation`` if one is given: all
+        or nothing.
 
         Raises NotFound for an unknown conversation, ConversationBusy while another reply runs
         (``details["sessionId"]`` names it), InvalidInput for an id that is taken, and AlreadyBegun when a session
         has the idempotency key.
         """
         async with self._one_per_key(new), self._db.write() as connection:
-            await _claim(connection, new)
+            if conversation is None:
+                await _claim(connection, new)
+            else:
+                await _refuse_known(connection, new)
+                await insert_conversation(connection, conversation)
             message = await insert_message(connection, new.conversation_id, text, "user", id=message_id, images=images)
             return BegunReply(message, await insert_session(connection, session_values(new, message.id)))
 
@@ -183,15 +190,20 @@ class Sessions:
 async def _claim(connection: AsyncConnection, new: NewSession) -> None:
     """Make sure that no other reply runs in the conversation, and that this one was not begun before."""
     running = await claim(connection, new.conversation_id)
-    if new.idempotency_key is not None:
-        known = await connection.scalar(select(session.id).where(session.idempotency_key == new.idempotency_key))
-        if known is not None:
-            raise AlreadyBegun(known)
+    await _refuse_known(connection, new)
     if running is not None:
         raise ConversationBusy(
             "A reply is still being written in this conversation. Wait for its end, or terminate it.",
             details={"sessionId": running},
         )
+
+
+async def _refuse_known(connection: AsyncConnection, new: NewSession) -> None:
+    """Raise AlreadyBegun when a session has the idempotency key."""
+    if new.idempotency_key is not None:
+        known = await connection.scalar(select(session.id).where(session.idempotency_key == new.idempotency_key))
+        if known is not None:
+            raise AlreadyBegun(known)
 
 
 async def _up_to_date(connection: AsyncConnection, found: list[StreamSession]) -> list[StreamSession]:
