@@ -312,7 +312,7 @@ class Gateway:
         for rank, candidate in enumerate(candidates):
             failures = left = 0
             while True:
-                news = [step for step in (switch, Routed(candidate, len(transcript.parts) + 1)) if step]
+                news: list[Step] = [step for step in (switch, Routed(candidate, len(transcript.parts) + 1)) if step]
                 begun = self._clock()
                 self._breakers.tried(candidate.entry, begun)
                 try:
@@ -342,7 +342,7 @@ class Gateway:
                     await asyncio.sleep(delay)
 
     async def _attempt(
-        self, news: list[Switched | Routed], ask: Ask, candidate: Candidate, transcript: Transcript, record: Record
+        self, news: list[Step], ask: Ask, candidate: Candidate, transcript: Transcript, record: Record
     ) -> AsyncGenerator[Step, None]:
         """One candidate's steps, after the news about it. They are told at once, or, when it is to go on with a reply,
         once it does; what was not told stays in ``news``."""
@@ -351,30 +351,24 @@ class Gateway:
         async with aclosing(self._secure(ask, candidate, record)) as waits:
             async for wait in waits:
                 yield wait
-        accepted: Accepted | None = None
         with record.attempt(candidate):
             async with aclosing(self._stream(candidate, transcript, record)) as steps:
                 async for step in steps:
                     if news and isinstance(step, Accepted):  # no word of the model yet, as a load is none
-                        accepted = step
+                        news.append(step)
                         continue
                     while news and not isinstance(step, Loading):
                         yield news.pop(0)
-                    if accepted is not None and not news:
-                        yield accepted
-                        accepted = None
                     yield step
 
-    def _failed(
-        self, candidate: Candidate, error: RotundaError, failures: int, speaking_since: float | None
-    ) -> float | None:
+    def _failed(self, candidate: Candidate, error: RotundaError, failures: int, since: float | None) -> float | None:
         """Record a failed attempt; the seconds until the next one on the same candidate, None for no more."""
         self.leases.drop(candidate.entry.full_name)
         error.provider = error.provider or candidate.entry.provider
         now = self._clock()
         # The tries of one request are one failure, and a router that is away is nobody's.
         if failures == 1 and not isinstance(error, RouterAway):
-            self._breakers.failed(candidate.entry, error, now, speaking_since)
+            self._breakers.failed(candidate.entry, error, now, since)
         else:
             self._breakers.released(candidate.entry)
         if self._breakers.state(candidate.entry, now) is Circuit.OPEN:
