@@ -68,8 +68,8 @@ def error_json(error: RotundaError, trace_id: str) -> dict[str, Any]:
     return {"error": {**body, "details": error.details} if error.details else body}
 
 
-def openai_json(error: RotundaError) -> dict[str, Any]:
-    """The envelope that OpenAI's clients read; ``code`` is the platform's own."""
+def openai_json(error: RotundaError, trace_id: str) -> dict[str, Any]:
+    """The envelope that OpenAI's clients read; ``code`` is the platform's own, and ``trace_id`` is added."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     return {
         "error": {
@@ -77,6 +77,7 @@ def openai_json(error: RotundaError) -> dict[str, Any]:
             "type": _OPENAI_TYPES.get(error.status, kind),
             "param": error.details.get("param"),
             "code": error.code,
+            "trace_id": trace_id,
         }
     }
 
@@ -92,7 +93,7 @@ def error_response(
     if isinstance(error, Unauthenticated):
         added["www-authenticate"] = "Bearer"
     if route_path(scope).startswith("/v1/"):
-        body = openai_json(error)
+        body = openai_json(error, trace_of(scope).trace_id)
         if not error.retryable:
             added["x-should-retry"] = "false"  # its clients would repeat some of them, 409 and 5xx
     else:

@@ -148,10 +148,10 @@ async def _chunks(
             usage = total([usages[index] for index in sorted(usages)], order.choices)
             yield _data({**begin, "choices": [], "usage": usage_json(usage)})
     except RotundaError as error:
-        yield _data(openai_json(in_snake_case(error) if isinstance(error, InvalidInput) else error))
+        yield _data(openai_json(in_snake_case(error) if isinstance(error, InvalidInput) else error, trace_id))
     except Exception:
         logger.exception("a completion failed (trace %s)", trace_id)
-        yield _data(openai_json(Internal.masked()))
+        yield _data(openai_json(Internal.masked(), trace_id))
     yield DONE
 
 

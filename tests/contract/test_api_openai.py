@@ -165,9 +165,10 @@ async def test_errors_have_openais_shape_and_are_not_to_be_repeated(
 ) -> None:
     response = await api.post(CHAT, json={"stream": stream, **body})
     error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
+    assert set(error) == {"message", "type", "param", "code", "trace_id"}
     assert (response.status_code, error["code"]) == (status, code)
     assert response.headers["x-should-retry"] == "false"
+    assert error["trace_id"] == response.headers["x-trace-id"]
     assert "x-trace-id" in response.headers
 
 
@@ -181,7 +182,10 @@ async def test_nothing_is_fetched_from_an_address(api: httpx.AsyncClient, url: s
 
 async def test_an_unknown_path_and_broken_json_have_the_envelope_too(api: httpx.AsyncClient) -> None:
     missing = await api.get("/v1/nowhere")
-    assert (missing.status_code, set(missing.json()["error"])) == (404, {"message", "type", "param", "code"})
+    assert (missing.status_code, set(missing.json()["error"])) == (
+        404,
+        {"message", "type", "param", "code", "trace_id"},
+    )
     broken = await api.post(CHAT, content=b"{", headers={"content-type": "application/json"})
     assert (broken.status_code, broken.json()["error"]["code"]) == (400, "MALFORMED_REQUEST")
 
@@ -219,7 +223,7 @@ async def test_a_failure_in_the_middle_reaches_the_client_as_an_error(client: As
 async def test_after_a_failure_in_the_middle_comes_done(api: httpx.AsyncClient) -> None:
     body = {"model": "test/chat", "messages": user("[[tokens=9 fail_at=1 error=MEMORY_EXCEEDED]]"), "stream": True}
     seen = parse((await api.post(CHAT, json=body)).text)
-    assert set(seen[-2].data["error"]) == {"message", "type", "param", "code"}
+    assert set(seen[-2].data["error"]) == {"message", "type", "param", "code", "trace_id"}
     assert seen[-2].data["error"]["code"] == "MEMORY_EXCEEDED"
     assert seen[-1].data == "[DONE]"
 
