@@ -14,9 +14,6 @@ SILENCE_S = 10.0
 """Without figures the present target stands for so long: nobody is ended by mistake after a crash of the controller."""
 CALM_S = 5.0
 """Fewer replicas are run when fewer have been enough for so long."""
-ECHO_S = 3.0
-"""A model that was retired is not started again for so long. Serve still counts calls that have ended: each handle
-reports every half second what waits at it just then, and the reports of a second are looked at."""
 
 
 def scale(ctx: Any) -> tuple[int, dict[str, Any]]:
@@ -26,29 +23,21 @@ def scale(ctx: Any) -> tuple[int, dict[str, Any]]:
         ctx: Serve's ``AutoscalingContext``.
 
     Returns:
-        The target, and the state kept for the next call: ``retired_at``, when the model was last told to leave;
-        ``quiet_since``, when the figures stopped; ``calm_since`` and ``enough``, since when how many replicas would
-        have been enough.
+        The target, and the state kept for the next call: ``quiet_since``, when the figures stopped; ``calm_since`` and
+        ``enough``, since when how many replicas would have been enough.
     """
     requests = float(ctx.total_num_requests or 0)
     target_per_replica = float(getattr(ctx.config, "target_ongoing_requests", None) or 1)
     wanted = math.ceil(requests / target_per_replica)
     if ctx.current_num_replicas == 0:
-        return _started(ctx, wanted)
+        return _bounded(ctx, wanted), {}
     granted = _granted(ctx)
     if granted is None:
         return _without_figures(ctx, wanted)
     if granted == 0:
-        return 0, {"retired_at": float(ctx.current_time or 0)}
+        return 0, {}
     wanted, state = _calmed(ctx, _bounded(ctx, max(wanted, 1)))
     return min(wanted, granted), state
-
-
-def _started(ctx: Any, wanted: int) -> tuple[int, dict[str, Any]]:
-    retired_at = (ctx.policy_state or {}).get("retired_at")
-    if retired_at is not None and float(ctx.current_time or 0) - float(retired_at) < ECHO_S:
-        return _bounded(ctx, 0), {"retired_at": retired_at}
-    return _bounded(ctx, wanted), {}
 
 
 def _calmed(ctx: Any, wanted: int) -> tuple[int, dict[str, Any]]:

@@ -53,6 +53,8 @@ ASK_AGAIN_S = 2.0
 """A waiting gateway asks again after so long even when it heard no news."""
 FRESH_S = 2.5
 """Serve counts a request that waited in a handle for so long: its look-back period, a push and a round of its loop."""
+ECHO_S = 1.6
+"""So long it counts one that had to be routed just before the leases were revoked, for the same reasons."""
 SILENCE_S = 30.0
 """A replica that has said nothing for so long is gone; one that ended is missed sooner: Serve lists it no more."""
 TICKET_TTL_S = 15.0
@@ -325,6 +327,7 @@ def _limits(settings: Settings) -> Limits:
         max_local_models=settings.hf_max_cached_models,
         max_models=settings.max_concurrent_models,
         fresh_s=FRESH_S,
+        echo_s=ECHO_S,
         silence_s=SILENCE_S,
         ticket_ttl_s=TICKET_TTL_S,
         retry_attempts=settings.rotation_retry_attempts,

@@ -44,6 +44,16 @@ class Departures:
         state.note("drain" if drain else "revoke", resident.name, reason)
         state.stir()
 
+    def quiet_at(self, resident: Resident) -> float:
+        """When whoever runs a resident that leaves has surely forgotten the calls to it that have ended."""
+        limits, retirement = self._state.limits, resident.retirement
+        quiet = resident.fresh_until(limits.fresh_s)
+        last_used = self._state.residency.rows[resident.name].last_used
+        # What a holder used lately it has not told yet.
+        if retirement is not None and last_used >= retirement.since - limits.lease_ttl_s:
+            quiet = max(quiet, retirement.since + limits.echo_s)
+        return quiet
+
     def keep(self, resident: Resident, reason: str) -> None:
         """Let a resident stay whose replicas were not told yet."""
         resident.retirement = None
@@ -60,7 +70,7 @@ class Departures:
             if retirement is None or retirement.sent:
                 continue
             resident.drop_expired(state.now)
-            if resident.leases or state.now < resident.fresh_until(state.limits.fresh_s):
+            if resident.leases or state.now < self.quiet_at(resident):
                 continue
             if resident.busy(state.now) and not retirement.drain:
                 state.residency.pending.pop(retirement.wanted_by or "", None)

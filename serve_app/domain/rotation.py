@@ -180,7 +180,7 @@ class Rotation:
         times = [state.barrier_until] if state.waits_for_news else []
         for resident in state.residency.residents.values():
             if resident.leaving:
-                times += [*resident.leases.values(), resident.fresh_until(limits.fresh_s)]
+                times += [*resident.leases.values(), self._departures.quiet_at(resident)]
             elif resident.loading:
                 times.append(resident.since + limits.load_timeout_s)
             elif state.line.groups:

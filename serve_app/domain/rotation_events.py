@@ -52,7 +52,8 @@ class Limits:
     ``max_wait_s`` is when a waiting request makes busy models drain; ``load_timeout_s`` is what a load may take, and
     what a request may wait on top of ``max_wait_s`` while something is done for it. ``settle_s`` is how long a model
     counts as busy after a grant, until heartbeats tell. ``fresh_s`` after its load no replica is told to leave: whoever
-    runs it still counts the requests that waited for it, and would start it anew. ``barrier_s`` after the start nothing
+    runs it still counts the requests that waited for it, and would start it anew; nor is one that was in use told so
+    before ``echo_s`` after its leases were revoked, for the same reason. ``barrier_s`` after the start nothing
     is loaded or evicted. ``silence_s``: a replica that has said nothing for so long is taken for gone.
     ``ticket_ttl_s``: so is a request that nobody asked after.
     """
@@ -69,6 +70,7 @@ class Limits:
     min_residency_s: float = 10.0
     settle_s: float = 0.5
     fresh_s: float = 0.0
+    echo_s: float = 0.0
     barrier_s: float = 3.0
     silence_s: float | None = 5.0
     ticket_ttl_s: float | None = None

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
-from deployments.autoscaling import CALM_S, ECHO_S, SILENCE_S, scale
+from deployments.autoscaling import CALM_S, SILENCE_S, scale
 
 
 def context(**given: Any) -> Any:
@@ -43,15 +43,6 @@ def test_load_adds_replicas_up_to_what_is_granted_and_to_the_bounds() -> None:
 def test_a_retired_model_goes_whatever_is_asked_of_it() -> None:
     assert scale(context(granted=0, total_num_requests=17))[0] == 0
     assert scale(context(granted={"r1": 2, "r2": 0}, total_num_requests=17, current_num_replicas=2))[0] == 0
-
-
-def test_what_was_counted_of_a_retired_model_does_not_start_it_again() -> None:
-    target, state = scale(context(granted=0, total_num_requests=1))
-    gone: dict[str, Any] = {"current_num_replicas": 0, "target_num_replicas": 0, "running_replicas": []}
-    target, state = scale(context(**gone, total_num_requests=1, policy_state=state, current_time=100 + ECHO_S - 0.1))
-    assert target == 0
-    target, state = scale(context(**gone, total_num_requests=1, policy_state=state, current_time=100 + ECHO_S))
-    assert (target, state) == (1, {})
 
 
 def test_fewer_replicas_are_run_only_when_fewer_were_enough_for_a_while() -> None:

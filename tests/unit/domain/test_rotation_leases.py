@@ -5,7 +5,7 @@ from dataclasses import replace
 from serve_app.domain.catalog import LOCAL_PROVIDER, ModelState
 from serve_app.domain.placement import Node, Resources
 from serve_app.domain.rotation_effects import Extend, Load, Retire, Revoke
-from serve_app.domain.rotation_events import Acknowledged, CapacityChanged, Heartbeat, LeaseRenewed
+from serve_app.domain.rotation_events import Acknowledged, CapacityChanged, Heartbeat, LeaseRenewed, Unload
 from tests.unit.domain.rotation_world import GIB, QUICK, Replica, World, model
 
 
@@ -183,3 +183,15 @@ def test_a_node_that_dies_takes_its_models_along() -> None:
     assert world.rotation.state_of("A")[0] is ModelState.COLD
     world.ask("t2", "A")
     assert world.kinds(Load)[-1].node == "n1"
+
+
+def test_a_model_that_was_in_use_is_told_to_leave_once_its_calls_are_surely_forgotten() -> None:
+    world = World([model("A"), model("B")], sizes=(1,), limits=replace(QUICK, echo_s=1.6))
+    world.ask("t1", "A")
+    world.settle()
+    world.tell(Unload("A", "an operator wants it so"))
+    revoked_at = world.now
+    while not world.kinds(Retire):
+        world.pass_time(0.1)
+        assert world.now - revoked_at < 5
+    assert world.now - revoked_at >= 1.6
