@@ -30,7 +30,7 @@ from serve_app.rotor import Rotor
 
 logger = logging.getLogger(__name__)
 
-JUST_LOADED_S = 3.0
+JUST_MOVED_S = 3.0
 """A server's list of what is in its memory may be so old."""
 
 
@@ -121,12 +121,14 @@ class Enrolment:
                 continue
             resident = residents.get(entry.full_name)
             report = resident_reports(self._offer.remotes.reports(application, now), entry)
+            if resident is None and self._rotor.now - row.left_at <= JUST_MOVED_S:
+                continue
             if report is not None:
                 beat = Heartbeat(
                     entry.full_name, application, entry.provider, report.state, report.running, report.memory_bytes
                 )
                 self._rotor.tell(beat)
-            elif resident is not None and self._rotor.now - (resident.loaded_at or math.inf) > JUST_LOADED_S:
+            elif resident is not None and self._rotor.now - (resident.loaded_at or math.inf) > JUST_MOVED_S:
                 self._rotor.tell(Gone(entry.full_name, application))
 
     def _model(self, entry: Entry) -> Model:

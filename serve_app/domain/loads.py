@@ -99,6 +99,7 @@ class Loads:
         if resident.slots:
             return
         del state.residency.residents[name]
+        state.residency.rows[name].left_at = state.now
         since = resident.retirement.since if resident.retirement else resident.since
         reason = resident.retirement.reason if resident.retirement else "its replica ended by itself"
         state.note("gone" if resident.leaving else "lost", name, reason, duration_s=state.now - since)

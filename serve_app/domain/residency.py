@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -34,6 +35,8 @@ class Row:
     pinned: bool
     failure: Failure | None = None
     last_used: float = 0.0
+    left_at: float = -math.inf
+    """When it was last out of memory for good; what was seen of it before may be told after."""
     measured: float = 0
     removed: bool = False
     """It leaves the pool as soon as its replicas are gone."""
