@@ -51,7 +51,7 @@ SETS: dict[str, tuple[Step, ...]] = {
         Step("int8", (), 4),
         Step("store_cost", (), 8),
         Step("tracing_cost", (), 4),
-        Step("swap", (), 4),
+        Step("swap", (), 7),
         Step("engine", ("--sizes", "90M", "--budget", "90", "--slow-rounds", "1", *PEERS), 10),
         Step("overload", (), 5),
         Step("replicas", (), 3),

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import psutil
 
 from benchmarks.client import progress
-from benchmarks.machine import Quiet, facts, look, tree, use_of
+from benchmarks.machine import Quiet, facts, look, tree
 from benchmarks.stats import Interval, bootstrap, paired_ratio
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -160,13 +160,13 @@ class ForeignMeter:
         self._contenders = list(contenders)
         self.share = 0.0
 
-    def _look(self) -> tuple[float, float, dict[int, float]]:
+    def _look(self) -> tuple[float, float, float]:
         mine = {process.pid: process for process in tree(os.getpid())}
         for contender in self._contenders:
             mine |= {process.pid: process for process in contender.processes()}
         times = psutil.cpu_times()
         idle = times.idle + getattr(times, "iowait", 0.0)
-        return sum(times), idle, {pid: use.cpu_s for pid, use in use_of(mine.values()).items()}
+        return sum(times), idle, sum(map(_used, mine.values()))
 
     def __enter__(self) -> ForeignMeter:
         self._before = self._look()
@@ -174,9 +174,17 @@ class ForeignMeter:
 
     def __exit__(self, *_: object) -> None:
         (whole, idle, before), (whole_after, idle_after, after) = self._before, self._look()
-        own = sum(used - before.get(pid, 0.0) for pid, used in after.items())
         busy = (whole_after - whole) - (idle_after - idle)
-        self.share = max(0.0, busy - own) / max(whole_after - whole, 1e-9)
+        self.share = max(0.0, busy - (after - before)) / max(whole_after - whole, 1e-9)
+
+
+def _used(process: psutil.Process) -> float:
+    """CPU seconds of a process and of those of its children that have ended: replicas and scripts come and go."""
+    try:
+        times = process.cpu_times()
+    except psutil.Error:
+        return 0.0
+    return float(times.user + times.system + times.children_user + times.children_system)
 
 
 @dataclass(slots=True)
