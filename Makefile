@@ -72,7 +72,7 @@ chaos: $(VENV)/installed-dev  ## faults during load, with the invariants checked
 accuracy: $(VENV)/installed-dev  ## the shipped models on all held-out prompts (about ten minutes)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m accuracy tests/models
 
-models: $(VENV)/installed  ## train the two shipped models again, side by side (about 42 and 38 CPU minutes)
+models: $(VENV)/installed  ## train the two shipped models again, side by side (about 42 and 37 CPU minutes)
 	$(MAKE) -j2 tiny-chat tiny-vision
 
 tiny-chat tiny-vision: $(VENV)/installed
