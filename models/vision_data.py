@@ -166,7 +166,7 @@ NTH_QUESTIONS = (
     Question(NTH_DESCRIBE_QUESTIONS, describe_answer, ("colour", "shape", "background")),
 )
 # A description of one of two images takes three things of it, each of which stands beside that of the other image.
-DRILL_QUESTIONS = (*NTH_QUESTIONS, NTH_QUESTIONS[-1], NTH_QUESTIONS[-1], NTH_QUESTIONS[-1])
+DRILL_QUESTIONS = (*NTH_QUESTIONS, *NTH_QUESTIONS[-1:] * 3)
 ORDINALS = ("first", "second")
 
 OPENERS = ("", "", "", "", "", "", "Hi! ", "Hello, ", "Please tell me: ", "Question: ", "Look at this. ", "OK. ")

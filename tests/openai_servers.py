@@ -21,23 +21,12 @@ from typing import Any
 
 import httpx
 
+from benchmarks.peers import to_gguf
 from tests.cluster import MODELS, ROOT, free_port, wait_until
 
 TINY_CHAT = MODELS / "rotunda" / "tiny-chat"
 SLOTS = 2
-CONTROL, NORMAL = 3, 1  # gguf.TokenType
-PARTS = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-"""Names of a Llama layer's weights: transformers' and GGUF's."""
+CONTROL = 3  # gguf.TokenType
 
 
 @contextmanager
@@ -88,29 +77,10 @@ def _is_ready(url: str) -> bool:
 
 def write_gguf(folder: Path, file: Path) -> None:
     """A Llama with a byte-level BPE tokenizer, in GGUF (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
-    import gguf
-    from safetensors.numpy import load_file
-
     config = json.loads((folder / "config.json").read_text())
-    width, heads = config["hidden_size"], config["num_attention_heads"]
-    writer = gguf.GGUFWriter(str(file), "llama")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(width)
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(width // heads)
-    writer.add_rope_freq_base(float(config["rope_parameters"]["rope_theta"]))
-    writer.add_vocab_size(config["vocab_size"])
+    writer = to_gguf.begun(str(file), config, config["vocab_size"])
     _write_tokenizer(writer, folder, config)
-    for name, weights in load_file(folder / "model.safetensors").items():
-        writer.add_tensor(_name_of(name), _rows_of(name, weights.astype("float32"), heads))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    to_gguf.ended(writer, folder, config)
 
 
 def _write_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
@@ -120,29 +90,12 @@ def _write_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")  # single digits, words with the space before them: nearest to the model's own
     writer.add_token_list(words)
-    writer.add_token_types([CONTROL if number in special else NORMAL for number in range(len(words))])
+    writer.add_token_types([CONTROL if number in special else to_gguf.NORMAL for number in range(len(words))])
     writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
     writer.add_eos_token_id(config["eos_token_id"])
     writer.add_pad_token_id(config["pad_token_id"])
     writer.add_add_bos_token(False)
     writer.add_chat_template((folder / "chat_template.jinja").read_text())
-
-
-def _name_of(name: str) -> str:
-    if name == "model.embed_tokens.weight":
-        return "token_embd.weight"
-    if name == "model.norm.weight":
-        return "output_norm.weight"
-    layer, part = name.removeprefix("model.layers.").removesuffix(".weight").split(".", 1)
-    return f"blk.{layer}.{PARTS[part]}.weight"
-
-
-def _rows_of(name: str, weights: Any, heads: int) -> Any:
-    """llama.cpp's rotary embedding pairs neighbours where transformers pairs halves: the rows in its order."""
-    if not name.endswith(("q_proj.weight", "k_proj.weight")):
-        return weights
-    rows, columns = weights.shape
-    return weights.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
 def serve(file: str, port: int, name: str) -> None:

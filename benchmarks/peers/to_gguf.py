@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,13 @@ def names(layers: int) -> dict[str, str]:
     return found
 
 
-def main() -> None:
+def begun(file: str, config: Mapping[str, Any], words: int) -> Any:
+    """A writer that knows a Llama's sizes; what is missing is its vocabulary."""
     import gguf
-    from safetensors.numpy import load_file
 
-    folder, out = Path(sys.argv[1]), sys.argv[2]
-    config = json.loads((folder / "config.json").read_text())
-    tensors = load_file(folder / "model.safetensors")
     heads, width = config["num_attention_heads"], config["hidden_size"]
     rope = config.get("rope_parameters") or {}
-    writer = gguf.GGUFWriter(out, "llama")
+    writer = gguf.GGUFWriter(file, "llama")
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(width)
     writer.add_block_count(config["num_hidden_layers"])
@@ -54,8 +52,29 @@ def main() -> None:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_dimension_count(width // heads)
     writer.add_rope_freq_base(float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0))
-    writer.add_vocab_size(WORDS)
+    writer.add_vocab_size(words)
     writer.add_file_type(0)
+    return writer
+
+
+def ended(writer: Any, folder: Path, config: Mapping[str, Any]) -> None:
+    """Write the weights of a folder as float32, and close the file."""
+    from safetensors.numpy import load_file
+
+    tensors, heads = load_file(folder / "model.safetensors"), config["num_attention_heads"]
+    for theirs, ours in names(config["num_hidden_layers"]).items():
+        weights = tensors[theirs].astype("float32")
+        writer.add_tensor(ours, permuted(weights, heads) if "attn_q" in ours or "attn_k" in ours else weights)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def main() -> None:
+    folder, out = Path(sys.argv[1]), sys.argv[2]
+    config = json.loads((folder / "config.json").read_text())
+    writer = begun(out, config, WORDS)
     writer.add_tokenizer_model("llama")
     words = [f"▁w{number}" for number in range(WORDS - 1)] + ["▁w"]
     writer.add_token_list(words)
@@ -65,13 +84,7 @@ def main() -> None:
     writer.add_eos_token_id(WORDS - 1)
     writer.add_unk_token_id(0)
     writer.add_add_bos_token(False)
-    for theirs, ours in names(config["num_hidden_layers"]).items():
-        weights = tensors[theirs].astype("float32")
-        writer.add_tensor(ours, permuted(weights, heads) if "attn_q" in ours or "attn_k" in ours else weights)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    ended(writer, folder, config)
 
 
 if __name__ == "__main__":

@@ -96,18 +96,15 @@ def ended(server: Server, streams: int) -> Contender:
 
     def one_round(seed: int) -> dict[str, float]:
         engine_before = counted(server, "rotunda_engine_tokens", PACED)
-        late_before = counted(server, "rotunda_tokens_after_cancel", PACED)
         found = asyncio.run(_end_all(server, streams))
         made = sum(told for _, told, _ in found)
         wait_until(lambda: counted(server, "rotunda_engine_tokens", PACED) - engine_before >= made, 10, 0.5, "counters")
         time.sleep(1.0)  # the next report of the replica tells what the engine went on to make, if anything
         engine = counted(server, "rotunda_engine_tokens", PACED) - engine_before
-        late = counted(server, "rotunda_tokens_after_cancel", PACED) - late_before
         return {
             "engine_ms": (engine - sum(seen for seen, _, _ in found)) / streams * PACE * 1000,
             "worst_ms": max(told - seen for seen, told, _ in found) * PACE * 1000,
             "answer_ms": median(took for _, _, took in found) * 1000,
-            "after_cancel": late / streams,
         }
 
     return Contender(server.name, one_round, server.processes)
@@ -215,7 +212,6 @@ def observe(result: Result, kind: str, on: Server, url: str, given: argparse.Nam
         ("what the engine still makes, mean", "engine_ms", "ms", within),
         ("what still arrives at the ingress, longest of a round", "worst_ms", "ms", Target()),
         ("until the answer, p50", "answer_ms", "ms", Target()),
-        ("tokens_after_cancel per stream", "after_cancel", "tokens", Target(at_most=1)),
     ):
         result.add(found, found.value(f"{at}: {what}", on.name, figure, unit, target))
     asyncio.run(fill(url, {"long": LONG, "short": SHORT}))

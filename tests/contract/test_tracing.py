@@ -119,9 +119,7 @@ async def test_an_error_is_the_same_on_every_span_that_it_ended(
     make_traced: Callable[..., Awaitable[Traced]],
 ) -> None:
     traced = await make_traced()
-    async with traced.platform.client() as client:
-        answer = await send(client, "[[tokens=9 fail_at=3 error=GENERATION_FAILED]]")
-    trace = await traced.trace(answer.headers["x-trace-id"])
+    _, trace = await broken_off(traced)
     for name in ("POST /api/stream-message", "chat test/chat", "attempt 1", "generate test/chat"):
         assert (trace.one(name).status, trace.attributes(trace.one(name))["error.type"]) == (2, "GENERATION_FAILED")
 
@@ -190,9 +188,7 @@ async def test_a_reply_that_broke_off_tells_the_tokens_that_there_were(
     make_traced: Callable[..., Awaitable[Traced]],
 ) -> None:
     traced = await make_traced()
-    async with traced.platform.client() as client:
-        answer = await send(client, "[[tokens=9 fail_at=3 error=GENERATION_FAILED]]")
-    trace = await traced.trace(answer.headers["x-trace-id"])
+    answer, trace = await broken_off(traced)
     [usage] = [trace.attributes(row)[USAGE] for row in trace.rows if USAGE in trace.attributes(row)]
     assert usage == answer.text.count('"token":') == 3
     page = traced.page()
@@ -234,6 +230,13 @@ async def test_what_was_said_stands_in_a_span_only_when_that_is_asked_for(
         said = [(one["role"], one["parts"][0]["content"]) for one in json.loads(about["gen_ai.input.messages"])]
         assert said == [("system", "Be brief."), ("user", "[[tokens=2]] a secret")]
         assert json.loads(about["gen_ai.output.messages"])[0]["parts"] == [{"type": "text", "content": "word0 word1"}]
+
+
+async def broken_off(traced: Traced) -> tuple[httpx.Response, Trace]:
+    """A reply that fails after three tokens, and its trace."""
+    async with traced.platform.client() as client:
+        answer = await send(client, "[[tokens=9 fail_at=3 error=GENERATION_FAILED]]")
+    return answer, await traced.trace(answer.headers["x-trace-id"])
 
 
 async def wait(until: Callable[[], bool]) -> None:
