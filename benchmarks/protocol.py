@@ -8,11 +8,13 @@ machine, and every reason why the figures are not worth publishing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +46,8 @@ class Contender:
         processes: those of its server.
         warm_up: instead of ``measure`` in the round that does not count, for instance with shorter replies.
         most_rounds: for a peer so slow that its rounds would take all the time; its ratios are of those rounds.
+        changing: processes of its server come and go during a round: they are looked at once a second then, since
+            Ray does not wait for its workers, so that what an ended one has used is in nobody's account.
     """
 
     name: str
@@ -51,6 +55,7 @@ class Contender:
     processes: Callable[[], Iterable[psutil.Process]] = lambda: ()
     warm_up: Callable[[int], object] | None = None
     most_rounds: int | None = None
+    changing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,33 +163,43 @@ class ForeignMeter:
 
     def __init__(self, contenders: Iterable[Contender]) -> None:
         self._contenders = list(contenders)
+        self._ours: dict[tuple[int, float], float] = {}
+        self._over = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
         self.share = 0.0
 
     def _look(self) -> tuple[float, float, float]:
-        mine = {process.pid: process for process in tree(os.getpid())}
+        """All time of the processors, what of it was idle, and what ours have used, those that have ended included."""
+        for process in tree(os.getpid()):
+            self._note(process)
         for contender in self._contenders:
-            mine |= {process.pid: process for process in contender.processes()}
+            for process in contender.processes():
+                self._note(process)
         times = psutil.cpu_times()
-        idle = times.idle + getattr(times, "iowait", 0.0)
-        return sum(times), idle, sum(map(_used, mine.values()))
+        return sum(times), times.idle + getattr(times, "iowait", 0.0), sum(self._ours.values())
+
+    def _note(self, process: psutil.Process) -> None:
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            self._ours[process.pid, process.create_time()] = float(times.user + times.system)
+
+    def _watch(self) -> None:
+        while not self._over.wait(1.0):
+            self._look()
 
     def __enter__(self) -> ForeignMeter:
         self._before = self._look()
+        if any(contender.changing for contender in self._contenders):
+            self._watcher.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._watcher.ident is not None:
+            self._watcher.join()
         (whole, idle, before), (whole_after, idle_after, after) = self._before, self._look()
         busy = (whole_after - whole) - (idle_after - idle)
         self.share = max(0.0, busy - (after - before)) / max(whole_after - whole, 1e-9)
-
-
-def _used(process: psutil.Process) -> float:
-    """CPU seconds of a process and of those of its children that have ended: replicas and scripts come and go."""
-    try:
-        times = process.cpu_times()
-    except psutil.Error:
-        return 0.0
-    return float(times.user + times.system + times.children_user + times.children_system)
 
 
 @dataclass(slots=True)

@@ -97,7 +97,7 @@ def contender(server: Server) -> Contender:
             "sum_ms": sum_ms,
         }
 
-    return Contender("swap", one_round, server.processes)
+    return Contender("swap", one_round, server.processes, changing=True)
 
 
 def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
