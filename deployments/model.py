@@ -41,6 +41,8 @@ from serve_app.telemetry.recording import Load, in_replica
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.5
+WEIGH_S = 3.0
+"""How often a replica measures its own memory."""
 ASK_S = 0.5
 """How often a replica that may not load yet asks again."""
 ROUTERLESS_S = 30.0
@@ -71,6 +73,7 @@ class ModelReplica:
         self._refused = 0
         self._busy_s = 0.0
         self._memory_bytes = 0
+        self._weighed_at = 0.0
         self._loaded_at: float | None = None
         self._last_used = time.time()
         self._link = RouterLink()
@@ -122,6 +125,7 @@ class ModelReplica:
                 "%s loaded in %.1f s: %s", self._args.model, time.monotonic() - started, self._engine.description
             )
         self._trace.end(self._failure)
+        self._weighed_at = 0.0
         await self._report()
 
     def _create(self) -> Engine:
@@ -236,9 +240,17 @@ class ModelReplica:
             return ModelState.LOADING
         return state_from_counters(counters.running, counters.waiting)
 
+    def _measure(self) -> tuple[int, int]:
+        """Used and whole memory of the node. Now and then also the proportional set size of this process (pages shared
+        with others count in part): for that the kernel walks all its pages."""
+        now = time.monotonic()
+        if now - self._weighed_at >= WEIGH_S or self._engine is None:
+            self._weighed_at, self._memory_bytes = now, int(psutil.Process().memory_full_info().pss)
+        return node_memory()
+
     async def _report(self) -> None:
         """Tell the router; a router that is away hears the next report."""
-        self._memory_bytes, (node_used, node_total) = await asyncio.to_thread(_measure)
+        node_used, node_total = await asyncio.to_thread(self._measure)
         # From here on without an await: the report must not be older than its number.
         self._reports += 1
         counters = self._counters()
@@ -270,11 +282,6 @@ class ModelReplica:
         permit = await self._link.tell("heartbeat", report)
         if permit is not None and self._permit.epoch:
             self._obey(permit)
-
-
-def _measure() -> tuple[int, tuple[int, int]]:
-    """Proportional set size of this process (pages shared with others count in part), and the memory of its node."""
-    return int(psutil.Process().memory_full_info().pss), node_memory()
 
 
 def build(args: ModelArgs) -> Application:

@@ -122,7 +122,7 @@ class _Outgoing:
         """The pieces for the next frame; empty when nothing is ready."""
         pieces, self.again = self.again, []
         if self.ready:
-            items = tuple(merged(self.ready, most_tokens))
+            items = tuple(merged(self.ready, most_tokens) if len(self.ready) > 1 else self.ready)
             self.ready.clear()
             pieces.append(Piece(self.name, self.next_seq, items))
             self.next_seq += len(items)

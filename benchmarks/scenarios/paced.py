@@ -8,6 +8,7 @@ token of all processes but the client.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -31,15 +32,19 @@ def scripted(**args: Any) -> dict[str, Any]:
     """Arguments of a model application with the scripted engine."""
     return {
         "model": MODEL, "engine": "scripted", "num_cpus": 1, "min_replicas": 1, "max_replicas": 1,
-        "max_concurrency": 128, "options": {"pace": PACE, "tokens": 1_000_000}, **args,
+        "max_concurrency": 128, "options": {"pace": PACE, "tokens": 1_000_000, "in_step": True}, **args,
     }  # fmt: skip
 
 
-def contender(server: Server, streams: int, tokens: int, pace: float = PACE) -> Contender:
-    """``streams`` replies of ``tokens`` tokens at once, all sent together; one token is due per ``pace`` seconds."""
+def contender(server: Server, streams: int, tokens: int, pace: float = PACE, over_s: float = 0.0) -> Contender:
+    """``streams`` replies of ``tokens`` tokens at once; one token is due per ``pace`` seconds. All are sent together,
+    or evenly over the first ``over_s`` seconds."""
 
     def one_round(seed: int) -> dict[str, float]:
-        planned = [Planned(0.0, server.model, f"stream {index} of {seed}", tokens) for index in range(streams)]
+        planned = [
+            Planned(index * over_s / streams, server.model, f"stream {index} of {seed}", tokens)
+            for index in range(streams)
+        ]
         with CpuMeter(server.processes) as meter:
             run = asyncio.run(Load(server.url, server.surface, concurrency=streams).run(planned))
         found = run.metrics()
@@ -48,6 +53,7 @@ def contender(server: Server, streams: int, tokens: int, pace: float = PACE) -> 
         gaps = [gap for sample in run.samples for gap in sample.gaps]
         return {
             "share": offered_share(run.samples, tokens, pace),
+            "rate": concurrent_rate(run.samples),
             "gap_p50_ms": percentile(gaps, 50) * 1000,
             "gap_p99_ms": percentile(gaps, 99) * 1000,
             "cpu_us_per_token": meter.spent.total / found["total_output_tokens"] * 1e6,
@@ -64,6 +70,16 @@ def offered_share(samples: Sequence[Sample], tokens: int, pace: float = PACE) ->
     begun = min(sample.times[0] for sample in samples)
     ended = max(sample.times[-1] for sample in samples)
     return (tokens - 1) * pace / (ended - begun)
+
+
+def concurrent_rate(samples: Sequence[Sample]) -> float:
+    """Tokens per second while all streams run: from when the last one has begun until the first one ends. NaN when
+    there is no such time."""
+    begun, ended = max(sample.times[0] for sample in samples), min(sample.times[-1] for sample in samples)
+    if ended <= begun:
+        return math.nan
+    told = ((sum(begun < at <= ended for at in sample.times), sample) for sample in samples)
+    return sum(pieces * sample.tokens / len(sample.times) for pieces, sample in told) / (ended - begun)
 
 
 def profiled(server: Server, streams: int, seconds: float = 8.0) -> dict[str, dict[str, float]]:
@@ -87,7 +103,7 @@ def main() -> None:
     tokens = given.tokens or (100 if given.quick else 500)
     result = Result.begin("paced", "A known pace: one token per stream every 10 ms", given)
     result.settings |= {"pace_s": PACE, "tokens": tokens, "store": "on (SQLite) on the chat service's own surface"}
-    options = {"max_concurrency": 128, "extra": {"pace": PACE, "tokens": 1_000_000}}
+    options = {"max_concurrency": 128, "extra": {"pace": PACE, "tokens": 1_000_000, "in_step": True}}
     with ExitStack() as stack:
         ours = stack.enter_context(rotunda([scripted()], surface="sse", settings="one ingress, HAProxy"))
         plain = stack.enter_context(plain_serve(MODEL, options=options))

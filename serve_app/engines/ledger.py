@@ -6,7 +6,7 @@ import heapq
 import itertools
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict
 from typing import Generic, Literal, TypeVar
 
 from serve_app.domain.errors import ProviderUnavailable, QueueFull
@@ -26,13 +26,18 @@ class Ledger:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counters = Counters()
+        self._counts = asdict(Counters())
+        self._told: Counters | None = None
+        """What :meth:`snapshot` gave last; None when something was counted since."""
 
     def __repr__(self) -> str:
-        return f"Ledger({self._counters})"
+        return f"Ledger({self.snapshot()})"
 
     def snapshot(self) -> Counters:
-        return self._counters
+        with self._lock:
+            if self._told is None:
+                self._told = Counters(**self._counts)
+            return self._told
 
     def enter(self) -> None:
         """A request came and waits (a refused one only to fail at once)."""
@@ -51,8 +56,9 @@ class Ledger:
 
     def _add(self, **changes: int) -> None:
         with self._lock:
-            now = self._counters
-            self._counters = replace(now, **{name: getattr(now, name) + change for name, change in changes.items()})
+            for name, change in changes.items():
+                self._counts[name] += change
+            self._told = None
 
 
 def shutting_down() -> ProviderUnavailable:

@@ -16,6 +16,7 @@ from serve_app.engines.tools import MARKS, Found, Reader, family_of, reader_for,
 
 HELD_TOKENS = 32
 """Tokens that may be held back in silence."""
+NOTHING = Delta("")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,7 @@ class ReplyStream:
         self._one_call = not request.tools.parallel
         self._form = form
         self._spell = spell or (lambda token: b"")
-        self._held = Delta("")  # ids and log-probabilities of text that is held back
+        self._held = NOTHING  # ids and log-probabilities of text that is held back
         self._calls = 0
         self._stopped = False
 
@@ -151,7 +152,7 @@ class ReplyStream:
         """The tokens that an earlier attempt gave away: nothing of them is told again."""
         for text in self._text.replay(tokens):
             self._read(Delta(text))
-        self._held = Delta("")
+        self._held = NOTHING
 
     def push(self, token: int) -> Delta | None:
         """The next token; returns what can be given away now."""
@@ -175,7 +176,8 @@ class ReplyStream:
     def _read(self, delta: Delta | None) -> Delta | None:
         if delta is None:
             return None
-        delta = Delta(delta.text, delta.token_ids, logprobs=self._logprobs(len(delta.token_ids)))
+        if self.picked:
+            delta = Delta(delta.text, delta.token_ids, logprobs=self._logprobs(len(delta.token_ids)))
         if self._splitter is None and self._reader is None:
             return delta
         thinking = self._splitter is not None and self._splitter.reasoning
@@ -183,10 +185,11 @@ class ReplyStream:
         found = self._found(answer)
         self._calls += len(found.calls)
         own = () if thinking or (self._splitter and self._splitter.reasoning) else delta.logprobs
-        self._held += Delta("", delta.token_ids, logprobs=own)
+        more = Delta("", delta.token_ids, logprobs=own)
+        self._held = self._held + more if self._held.token_ids or self._held.logprobs else more
         if not (found.text or reasoning or found.calls):
             return self._sign_of_life()
-        held, self._held = self._held, Delta("")
+        held, self._held = self._held, NOTHING
         told = held.logprobs if found.text else ()
         return Delta(found.text, held.token_ids, reasoning, tuple(found.calls), told)
 

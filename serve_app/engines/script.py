@@ -22,6 +22,7 @@ class Script:
     tokens: int | None = None
     ttft: float = 0.0
     pace: float = 0.0
+    in_step: bool = False
     echo: bool = False
     fail_at: int | None = None
     error: str | None = None
@@ -48,7 +49,7 @@ def read_setting(name: str, value: object) -> Any:
         return _at_least_zero(int(str(value)))
     if name in ("ttft", "pace", "load_s"):
         return _at_least_zero(float(str(value)))
-    if name in ("echo", "directives") and str(value).lower() in ("true", "false"):
+    if name in ("echo", "directives", "in_step") and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
     if name in ("error", "load_error") and error_from_dict({"code": value}).code == value:
         return value

@@ -15,7 +15,8 @@ as that has words, whoever made them. With ``continues=restart`` it begins anew,
 begun reply is, and with ``continues=refuse`` it says that it cannot.
 
 **Pace.** With its slot at ``t0``, token ``n`` is due at ``t0 + ttft + n · pace`` exactly: a late token does not delay
-those after it.
+those after it. With ``in_step`` replies begin at the next common step of the engine, as requests that share a forward
+pass do, so that the tokens of all replies of one pace fall due together.
 
 Settings, in :attr:`EngineOptions.extra` or as a directive in the last message (which wins)::
 
@@ -27,6 +28,7 @@ setting      meaning                                                    default
 ``tokens``   length of the reply; ``max_tokens`` cuts it (``length``)   16, or the words of ``text``
 ``ttft``     seconds to the first token                                 0
 ``pace``     seconds between tokens                                     0
+``in_step``  begin at a multiple of ``pace`` on the engine's clock      false
 ``echo``     reply with the last message, directives left out           false
 ``continues``  ``text``, ``restart`` or ``refuse``                      text
 ``fail_at``  fail after so many tokens; without it ``error`` refuses
@@ -47,6 +49,7 @@ An unknown setting, or a value that cannot be read, is refused: :class:`InvalidC
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
@@ -237,8 +240,10 @@ class ScriptedEngine:
         limit = first + max(0, fitted.max_tokens - spent)
         begun, done = self._clock.time(), first
         run.request.marks.started = begun
+        due = math.ceil(begun / script.pace) * script.pace if script.in_step and script.pace else begun
+        due += script.ttft
         while done < min(total, limit) and not stream.complete:
-            await self._due(script, done, begun + script.ttft + (done - first) * script.pace)
+            await self._due(script, done, due + (done - first) * script.pace)
             if run.request.options.logprobs is not None:
                 stream.picked.append(_pick(done, run.request.options.logprobs))
             delta = stream.push(done)
@@ -262,6 +267,10 @@ class ScriptedEngine:
         if script.hang_at is not None and done >= script.hang_at:
             await self._wait(asyncio.get_running_loop().create_future())
         if due is None:
+            return
+        if due <= self._clock.time():
+            self.check_health()
+            await asyncio.sleep(0)  # overdue, but others get their turn, and a cancellation is heard
             return
         wait: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         timer = self._clock.call_at(due, _release, wait)

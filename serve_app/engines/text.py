@@ -111,6 +111,11 @@ class StopFilter:
         self.matched: str | None = None
 
     @property
+    def idle(self) -> bool:
+        """Whether there is nothing to find."""
+        return not self._stops
+
+    @property
     def held(self) -> int:
         """How many of the last characters could be the beginning of a stop string."""
         return max(self._states, default=0)
@@ -180,11 +185,13 @@ class TextStream:
     def push(self, token: int) -> Delta | None:
         """The next token; returns what can be given away now."""
         text = self._detokenizer.push(token)
-        ids = (*self._textless, token)
+        ids = (*self._textless, token) if self._textless else (token,)
         if not text:
             self._textless = ids
             return None
         self._textless = ()
+        if self._filter.idle:  # nothing is ever held back
+            return Delta(text, ids)
         return self._take(_Piece(ids, text))
 
     def replay(self, tokens: Sequence[int]) -> list[str]:

@@ -77,7 +77,16 @@ async def test_a_late_token_does_not_delay_those_after_it() -> None:
     clock = SimulatedClock()
     clock.lag = lambda when: 0.03 if when < 100.53 else 0.0
     found = await times(clock, engine_of(clock, tokens=5, ttft=0.5, pace=0.02), ask())
-    assert found == pytest.approx([0.53, 0.55, 0.55, 0.56, 0.58])
+    assert found == pytest.approx([0.53, 0.53, 0.54, 0.56, 0.58])
+
+
+async def test_replies_in_step_have_their_tokens_at_the_same_moments() -> None:
+    clock = SimulatedClock()
+    clock.now = 100.013
+    engine = engine_of(clock, tokens=3, ttft=0.5, pace=0.02, in_step=True)
+    assert await times(clock, engine, ask()) == pytest.approx([0.52, 0.54, 0.56])
+    clock.now = 101.001
+    assert await times(clock, engine, ask()) == pytest.approx([1.52, 1.54, 1.56])
 
 
 async def test_timing_tells_the_parts() -> None:
