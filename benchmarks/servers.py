@@ -224,19 +224,19 @@ def transformers_serve(size: str, *, continuous: bool, threads: int) -> Iterator
 
 @contextlib.contextmanager
 def llama_cpp(size: str, *, threads: int) -> Iterator[Server]:
-    """llama-cpp-python's server on an f32 GGUF of the same weights."""
+    """llama.cpp's own server on an f32 GGUF of the same weights."""
     program = _program("llama_cpp", "python")
     gguf = ENVIRONMENTS / "llama_cpp" / f"{size}.gguf"
     path = ensure([size]) / model_id(size)
     if not gguf.exists():
         subprocess.run([program, str(ROOT / "benchmarks/peers/to_gguf.py"), str(path), str(gguf)], check=True)
     port = free_port()
-    command = [program, "-m", "llama_cpp.server", "--model", str(gguf), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--n_threads", str(threads), "--n_threads_batch", str(threads), "--n_ctx", "4096"]
+    command = [program, str(ROOT / "benchmarks/peers/llama_server.py"), str(gguf), "--port", str(port), "--name", size]
+    command += ["--threads", str(threads), "--slots", "32", "--context", "512"]
     url = f"http://127.0.0.1:{port}"
     with _process(command, _answers(f"{url}/v1/models"), _threads(threads)) as process:
         yield Server(
-            "llama.cpp", url, str(gguf), SURFACES["completions"], f"f32 GGUF, {threads} thread(s), n_ctx 4096",
+            "llama.cpp", url, size, SURFACES["completions"], f"f32 GGUF, {threads} thread(s), 32 slots of 512 tokens",
             lambda: tree(process.pid),
         )  # fmt: skip
 

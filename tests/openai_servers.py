@@ -1,19 +1,15 @@
 """Servers that are not ours and speak OpenAI's protocol, with tiny-chat: both sides of a test know the same model, so
 what is said here and there can be compared word by word.
 
-llama.cpp's own server goes on with a reply that was begun; ``transformers serve`` begins it anew. The first comes as a
-library, in the PyPI package ``xllamacpp``, so this module is also the program that runs it:
-``python -m tests.openai_servers FILE PORT NAME``.
+llama.cpp's own server goes on with a reply that was begun; ``transformers serve`` begins it anew.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +21,6 @@ from benchmarks.peers import to_gguf
 from tests.cluster import MODELS, ROOT, free_port, wait_until
 
 TINY_CHAT = MODELS / "rotunda" / "tiny-chat"
-SLOTS = 2
 CONTROL = 3  # gguf.TokenType
 
 
@@ -34,7 +29,7 @@ def llama_cpp(home: Path, name: str) -> Iterator[str]:
     """The base URL of llama.cpp's server, which offers tiny-chat as ``name``."""
     file, port = home / f"{name}.gguf", free_port()
     write_gguf(TINY_CHAT, file)
-    command = [sys.executable, "-m", "tests.openai_servers", str(file), str(port), name]
+    command = [sys.executable, "-m", "benchmarks.peers.llama_server", str(file), "--port", str(port), "--name", name]
     with _running(command, port, home / "llama_cpp.log") as url:
         yield url
 
@@ -96,24 +91,3 @@ def _write_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
     writer.add_pad_token_id(config["pad_token_id"])
     writer.add_add_bos_token(False)
     writer.add_chat_template((folder / "chat_template.jinja").read_text())
-
-
-def serve(file: str, port: int, name: str) -> None:
-    """Run llama.cpp's server until SIGTERM."""
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path, params.model_alias = file, {name}
-    params.hostnames, params.port = ["127.0.0.1"], port
-    params.n_ctx, params.n_parallel = 2048 * SLOTS, SLOTS
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    server = xllamacpp.Server(params)
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    while not stop.wait(0.5):  # a handler runs between two waits
-        pass
-    del server
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -19,10 +19,7 @@ environment() {  # environment PEER PACKAGE...: a virtual environment that has t
 }
 
 install_transformers() { environment transformers "$TORCH" "transformers[serving]==$(version_of transformers)" accelerate; }
-install_llama_cpp() {  # compiled for this very processor, some ten minutes of one core
-  CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAMA_BUILD_TESTS=OFF -DMTMD_BUILD=OFF -DLLAMA_CURL=OFF" \
-    environment llama_cpp "llama-cpp-python[server]" gguf safetensors numpy
-}
+install_llama_cpp() { environment llama_cpp "xllamacpp==$(version_of xllamacpp)" gguf safetensors numpy; }
 install_litellm() { environment litellm "litellm[proxy]"; }
 install_guidellm() { environment guidellm guidellm; }
 

@@ -25,7 +25,7 @@ from tests.doubles import build_services
 from tests.e2e.test_chat import ask, start_and_read
 from tests.ollama_server import Fault, OllamaServer, StandInModel, nothing_listens
 from tests.openai_servers import llama_cpp
-from tests.serve.test_fleet import pids
+from tests.serve.test_fleet import pids, serve_details
 
 CUT = "This is said by a model that is far away, on a machine of its own, and it takes a while."
 MODELS = (
@@ -378,10 +378,14 @@ def test_providers_and_fallbacks_of_the_platform_file_are_put_up_by_the_router(
         wait_until(lambda: quietly(cluster, "lab") == "ok", 30, what="the declared provider to be known again")
         assert ask(cluster, "hi", "plat/llama3:8b").text == "Hello from afar"
         assert ask(cluster, "hi", "dead/any:1b").of("switched")["to"] == "plat/llama3:8b"
+        assert "upstream-plat" in serve_details(cluster)
     finally:
         (folder / "platform.yaml").unlink()
         kill_router(cluster)
         wait_until(lambda: quietly(cluster, "lab") == "ok", 60, what="the router to come back")
+    wait_until(lambda: "upstream-plat" not in serve_details(cluster), 60, what="its application to be taken down")
+    assert "upstream-lab" in serve_details(cluster), "what is declared stays"
+    assert quietly(cluster, "plat") == "unknown"
 
 
 def kill_router(cluster: Cluster) -> None:
