@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 
 ROOT = Path(__file__).resolve().parents[1]
-PEERS = ("--peers", "transformers serve", "transformers serve CB")
+PEERS = ("--peers", "transformers serve", "transformers serve CB", "llama.cpp")
 
 
 @dataclass(frozen=True, slots=True)

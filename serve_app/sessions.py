@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -44,6 +44,19 @@ logger = logging.getLogger(__name__)
 PRUNE_EVERY_S = 60.0
 TURN_S = 1.0
 """An adoption that had to wait longer for its turn to write is put off: see Store.adopt_session."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """A session that somebody wanted to end. ``ran``: whether it had not ended already."""
+
+    session: StreamSession
+    ran: bool
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was this that ended it."""
+        return self.ran and self.session.status is SessionStatus.TERMINATED
 
 
 class Sessions:
@@ -173,7 +186,7 @@ class Sessions:
             except RotundaError as error:
                 logger.warning("session %s cannot be looked up now: %s", session.id, error)
 
-    async def terminate(self, session_id: str, conversation_id: str, reason: TerminationReason) -> StreamSession:
+    async def terminate(self, session_id: str, conversation_id: str, reason: TerminationReason) -> Ending:
         """End a session wherever it runs, and return it as it was recorded.
 
         A session that has already ended is returned as it is. One whose owner does not answer within a few seconds is
@@ -182,20 +195,18 @@ class Sessions:
         Raises:
             NotFound: no such session. MalformedRequest: it belongs to another conversation.
         """
-        session = await self._store.get_session(session_id)
+        reply = self.find(session_id)
+        session = reply.session if reply else await self._store.get_session(session_id, log=False)
         if session.conversation_id != conversation_id:
             raise MalformedRequest("The session belongs to another conversation.")
-        if session.status is not SessionStatus.ACTIVE:
-            return session
-        reply = self.find(session_id)
-        if reply is not None:
+        if reply is not None:  # stopped before anything is looked up: every moment costs a token
             reply.stop(reason)
             await reply.done.wait()
             session = await self._store.get_session(session_id)
-            if session.status is not SessionStatus.ACTIVE:
-                return session
+        if session.status is not SessionStatus.ACTIVE:
+            return Ending(session, ran=reply is not None)
         await self._store.request_termination(session_id, reason.value)
-        return await self._ended_elsewhere(session_id)
+        return Ending(await self._ended_elsewhere(session_id), ran=True)
 
     async def conclude(self, reply: LiveReply) -> None:
         """Return when the reply has ended; it then has its message, and tells its end even if another wrote it."""

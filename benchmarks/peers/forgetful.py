@@ -56,7 +56,7 @@ class ForgetfulStore(Store):
     ) -> dict[str, Pulse]:
         return {id: Pulse(1, None) for id in ids}
 
-    async def get_session(self, id: str) -> StreamSession:
+    async def get_session(self, id: str, *, log: bool = True) -> StreamSession:
         return self._running[id]
 
     async def finish_session(self, id: str, *, status: SessionStatus, **said: Any) -> StreamSession:

@@ -13,7 +13,7 @@ import threading
 
 def serve(file: str, port: int, name: str, slots: int, context: int, threads: int) -> None:
     """Run until SIGTERM or SIGINT. ``context``: tokens of each of the ``slots``."""
-    import xllamacpp
+    import xllamacpp  # type: ignore[import-untyped]
 
     params = xllamacpp.CommonParams()
     params.model.path, params.model_alias = file, {name}

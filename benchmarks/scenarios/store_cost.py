@@ -103,7 +103,7 @@ def ended(server: Server, streams: int) -> Contender:
 async def _end_all(server: Server, streams: int) -> list[tuple[int, int, float]]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
-        return await asyncio.gather(*(_end_one(client, 2 * ENDED_AT * number // streams) for number in range(streams)))
+        return await asyncio.gather(*(_end_one(client, 8 * ENDED_AT * number // streams) for number in range(streams)))
 
 
 async def _end_one(client: httpx.AsyncClient, more: int) -> tuple[int, int, float]:

@@ -27,6 +27,7 @@ from serve_app.domain.errors import (
 )
 from serve_app.domain.events import Numbered
 from serve_app.replies import LiveReply, NewReply
+from serve_app.sessions import Ending
 from serve_app.store.records import AlreadyBegun, NewConversation, new_id
 from serve_app.telemetry.tracing import Trail
 
@@ -135,8 +136,8 @@ class Streams:
         await services.access.conversation(
             body.conversation_id, password=body.password, token=token_of(request), address=address_of(request)
         )
-        before = await services.store.get_session(body.session_id)
-        after = await services.sessions.terminate(body.session_id, body.conversation_id, reason)
+        ending = await services.sessions.terminate(body.session_id, body.conversation_id, reason)
+        after = ending.session
         if after.status is SessionStatus.ACTIVE:
             raise DeadlineExceeded(
                 "The server that writes this reply has not stopped yet. It has been told; ask again in a few seconds.",
@@ -144,7 +145,7 @@ class Streams:
                 True,
                 {"sessionId": after.id},
             )
-        return JSONResponse(_termination(before, after))
+        return JSONResponse(_termination(ending))
 
     async def _existing(self, body: StreamMessage, request: Request) -> Conversation | None:
         if body.conversation_id is None:
@@ -210,8 +211,8 @@ def _reason(given: str | None) -> TerminationReason:
         raise MalformedRequest(f"reason must be one of {', '.join(TerminationReason)}.") from error
 
 
-def _termination(before: StreamSession, after: StreamSession) -> dict[str, object]:
-    stopped = before.status is SessionStatus.ACTIVE and after.status is SessionStatus.TERMINATED
+def _termination(ending: Ending) -> dict[str, object]:
+    after, stopped = ending.session, ending.stopped
     message = "The stream was terminated." if stopped else f"The stream had already ended ({after.status.value})."
     return {
         "success": stopped,

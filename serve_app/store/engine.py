@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 SQLITE_BUSY_MS = 10_000
 # aiosqlite runs one thread per connection: four readers and a writer.
 SQLITE_CONNECTIONS = 5
+# Of each ingress. Kept open once made: a new one costs the server a process, and both sides their prepared statements.
+POSTGRES_CONNECTIONS = 15
 
 _DRIVERS = {
     "sqlite": "sqlite+aiosqlite",
@@ -119,7 +121,9 @@ def make_engine(url: URL, *, foreign_keys: bool = True) -> AsyncEngine:
 
 def _postgres_engine(url: URL) -> AsyncEngine:
     """An engine that asks the server nothing before a transaction: the driver hears when a connection is closed."""
-    engine = create_async_engine(url, hide_parameters=True)
+    engine = create_async_engine(
+        url, hide_parameters=True, pool_size=POSTGRES_CONNECTIONS, max_overflow=0, pool_use_lifo=True
+    )
 
     @event.listens_for(engine.sync_engine, "checkout")
     def look(connection: Any, record: Any, proxy: Any) -> None:

@@ -90,10 +90,11 @@ class Sessions:
             return None if row is None else session_of(row)
 
     @whole
-    async def get_session(self, id: str) -> StreamSession:
-        """The session, one that runs with what the log has of its reply; NotFound."""
+    async def get_session(self, id: str, *, log: bool = True) -> StreamSession:
+        """The session, one that runs with what the log has of its reply (unless not ``log``); NotFound."""
         async with self._db.read() as connection:
-            return (await _up_to_date(connection, [session_of(await row_of(connection, id))]))[0]
+            found = session_of(await row_of(connection, id))
+            return (await _up_to_date(connection, [found]))[0] if log else found
 
     @whole
     async def list_sessions(

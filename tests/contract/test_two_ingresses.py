@@ -157,7 +157,8 @@ async def test_a_stream_can_be_ended_from_elsewhere(make: Make) -> None:
     here, there = await make(), await make()
     reply = await begin(here, "hello [[tokens=100000 pace=0.005]]")
     await reply.stream.wait_beyond(20)
-    done = await there.services.sessions.terminate(reply.session.id, "c", TerminationReason.USER_REQUESTED)
+    ending = await there.services.sessions.terminate(reply.session.id, "c", TerminationReason.USER_REQUESTED)
+    done = ending.session
     assert (done.status, done.termination_reason) == (SessionStatus.TERMINATED, "USER_REQUESTED")
     assert done.partial_response == text_of(await read(there, reply.session)) == await log_of(here, done.id)
     assert done.usage is not None and done.usage.completion_tokens == len(done.partial_response.split())
@@ -231,7 +232,8 @@ async def test_a_stream_is_terminated_although_its_owner_is_dead(make: Make) -> 
     reply = await begin(here, "hello [[tokens=100000 pace=0.005]]")
     await logged(there, reply, 30)
     with here.cut_off():
-        done = await there.services.sessions.terminate(reply.session.id, "c", TerminationReason.USER_REQUESTED)
+        ending = await there.services.sessions.terminate(reply.session.id, "c", TerminationReason.USER_REQUESTED)
+    done = ending.session
     assert (done.status, done.termination_reason) == (SessionStatus.TERMINATED, "USER_REQUESTED")
     assert done.partial_response
     last = (await read(there, done))[-1].event

@@ -19,7 +19,7 @@ from serve_app.api.graphql.replies import checked_text, until_end
 from serve_app.api.graphql.resolvers import mutation
 from serve_app.api.graphql.types import Conversation, GraphInfo, Message
 from serve_app.domain import conversation as domain
-from serve_app.domain.conversation import SessionStatus, StreamSession, TerminationReason
+from serve_app.domain.conversation import SessionStatus, TerminationReason
 from serve_app.domain.errors import (
     AccessError,
     Busy,
@@ -30,6 +30,7 @@ from serve_app.domain.errors import (
     RotundaError,
 )
 from serve_app.replies import LiveReply, NewReply
+from serve_app.sessions import Ending
 
 MAX_ID = 200
 MAX_NAME = 500
@@ -186,8 +187,7 @@ class Mutation(Commands):
         try:
             reason = _reason(input.reason)
             await context.conversation(input.conversation_id, input.password, input.token)
-            before = await context.services.store.get_session(input.session_id)
-            after = await context.services.sessions.terminate(input.session_id, input.conversation_id, reason)
+            ending = await context.services.sessions.terminate(input.session_id, input.conversation_id, reason)
         except Internal:
             raise
         except RotundaError as failure:
@@ -200,7 +200,7 @@ class Mutation(Commands):
                 final_status=SessionStatus.ERROR.value,
                 error=failure.message,
             )
-        return _terminated(before, after)
+        return _terminated(ending)
 
 
 async def _ask(context: Context, conversation: domain.Conversation, input: AddMessageInput) -> AddMessageResponse:
@@ -255,8 +255,8 @@ def _answer(reply: LiveReply, private: bool, seconds: float) -> AddMessageRespon
     )
 
 
-def _terminated(before: StreamSession, session: StreamSession) -> TerminateStreamResponse:
-    success = before.status is SessionStatus.ACTIVE and session.status is SessionStatus.TERMINATED
+def _terminated(ending: Ending) -> TerminateStreamResponse:
+    session, success = ending.session, ending.stopped
     if success:
         message = "The stream was terminated."
     elif session.status is SessionStatus.ACTIVE:
