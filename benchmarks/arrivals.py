@@ -8,9 +8,10 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-VOCABULARY = 7999
-"""Words ``w0`` … of the tokenizers that the benchmark models have (benchmarks.models): one word is one token. They know
-one more, which llama.cpp's lacks (benchmarks/peers/to_gguf.py)."""
+VOCABULARY = 8000
+"""Words ``w0`` … of the tokenizers that the benchmark models have (benchmarks.models): one word is one token."""
+DRAWN = VOCABULARY - 1
+"""Prompts do without the last one, which llama.cpp's vocabulary lacks (benchmarks/peers/to_gguf.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Prompts:
     def draw(self, rng: random.Random) -> str:
         least, most = (round(self.tokens * (1 + sign * self.spread)) for sign in (-1, 1))
         count = rng.randint(max(1, least), max(1, most))
-        return self.prefix + " ".join(f"w{rng.randrange(1, VOCABULARY)}" for _ in range(count))
+        return self.prefix + " ".join(f"w{rng.randrange(1, DRAWN)}" for _ in range(count))
 
 
 def gamma_times(rate: float, count: int, burstiness: float, seed: int) -> list[float]:

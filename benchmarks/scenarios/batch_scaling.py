@@ -13,7 +13,7 @@ import random
 import time
 from dataclasses import dataclass
 
-from benchmarks.arrivals import VOCABULARY
+from benchmarks.arrivals import DRAWN
 from benchmarks.models import SIZES, ensure, model_id
 from benchmarks.protocol import Contender, Result, Target, measure, parser, rounds_of
 from serve_app.domain.generation import Delta, Finish, GenerationRequest, Message, Options, Usage
@@ -41,7 +41,7 @@ class Run:
 
 
 def words(rng: random.Random, count: int) -> str:
-    return " ".join(f"w{rng.randrange(1, VOCABULARY)}" for _ in range(count))
+    return " ".join(f"w{rng.randrange(1, DRAWN)}" for _ in range(count))
 
 
 async def ask(engine: Engine, prompt: str, tokens: int) -> Run:
