@@ -15,6 +15,7 @@ from serve_app.api.graphql import graphql_router
 from serve_app.api.health import health_router
 from serve_app.api.image_routes import images_router
 from serve_app.api.models import models_router
+from serve_app.api.ollama import ollama_router
 from serve_app.api.openai import openai_router
 from serve_app.api.rotation import rotation_router
 from serve_app.api.services import Services
@@ -41,6 +42,7 @@ def create_app(services: Services) -> FastAPI:
         rotation_router(services),
         images_router(services),
         openai_router(services),
+        ollama_router(services),
         embeddings_router(services),
         graphql_router(services),
         traces_router(services),

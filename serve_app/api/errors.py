@@ -56,6 +56,13 @@ _OPENAI_TYPES = {
 }
 
 
+OLLAMA_PATHS = frozenset(
+    f"/api/{name}"
+    for name in ("chat", "delete", "embed", "embeddings", "generate", "ps", "pull", "show", "tags", "version")
+)
+"""Where an error is a plain text, as its clients read it."""
+
+
 def error_json(error: RotundaError, trace_id: str) -> dict[str, Any]:
     """The platform's own envelope."""
     body: dict[str, Any] = {
@@ -92,7 +99,9 @@ def error_response(
         added["retry-after"] = str(error.retry_after_s)
     if isinstance(error, Unauthenticated):
         added["www-authenticate"] = "Bearer"
-    if route_path(scope).startswith("/v1/"):
+    if route_path(scope) in OLLAMA_PATHS:
+        body: dict[str, Any] = {"error": error.message}
+    elif route_path(scope).startswith("/v1/"):
         body = openai_json(error, trace_of(scope).trace_id)
         if not error.retryable:
             added["x-should-retry"] = "false"  # its clients would repeat some of them, 409 and 5xx

@@ -7,37 +7,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 from serve_app.api.access import ANONYMOUS
 from serve_app.api.body import json_body
+from serve_app.api.choices import Choices, Numbered, ended, first_word, going_on, together, unless_disconnected
 from serve_app.api.context import caller_of, trace_of
 from serve_app.api.errors import openai_json
 from serve_app.api.models import find_model
-from serve_app.api.openai_choices import Numbered, together
 from serve_app.api.openai_request import Order, in_snake_case, named_as_here, read_chat
 from serve_app.api.openai_shape import ChatShape, Shape, head, total, usage_json
 from serve_app.api.openai_text import TextShape, read_completion
 from serve_app.api.services import Services
-from serve_app.api.sse import EventStream, encode_json, until_disconnect
+from serve_app.api.sse import EventStream, encode_json
 from serve_app.domain.errors import Internal, InvalidInput, RotundaError
 from serve_app.domain.fleet import ModelStatus
 from serve_app.domain.generation import Delta, Finish, Usage
-from serve_app.gateway import Completed, Routed
+from serve_app.gateway import Completed
 
 logger = logging.getLogger(__name__)
 
-OPENING_S = 2.0
-"""How long the answer's status waits for the model's first word; then headers go out, before clients try again."""
 DONE = b"data: [DONE]\n\n"
-
-Choices = AsyncGenerator[Numbered, None]
 
 
 class Completions:
@@ -66,25 +61,9 @@ class Completions:
         choices = together([gateway.reply(order.ask(wanted), wanted, trail=trail) for wanted in order.requests])
         with named_as_here():
             if not order.stream:
-                return JSONResponse(await _unless_disconnected(request, _whole(order, shape, choices)))
-            opening = await _opening(choices)
+                return JSONResponse(await unless_disconnected(request, _whole(order, shape, choices)))
+            opening = await first_word(choices)
         return EventStream(_chunks(order, shape, opening, choices, trail.trace_id), self._heartbeat_s)
-
-
-async def _unless_disconnected(request: Request, answer: Any) -> Any:
-    """The answer, or ClientDisconnect after cancelling it."""
-    loop = asyncio.get_running_loop()
-    work = loop.create_task(answer)
-    gone = loop.create_task(until_disconnect(request.receive))
-    try:
-        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise ClientDisconnect
-        return work.result()
-    finally:
-        for task in (work, gone):
-            task.cancel()
-        await asyncio.gather(work, gone, return_exceptions=True)
 
 
 async def _whole(order: Order, shape: Shape, choices: Choices) -> dict[str, Any]:
@@ -102,29 +81,6 @@ async def _whole(order: Order, shape: Shape, choices: Choices) -> dict[str, Any]
     return {**head(order, shape, shape.whole_kind), "choices": made, "usage": usage_json(usage)}
 
 
-async def _opening(choices: Choices) -> asyncio.Task[Numbered]:
-    """Wait until the status is known: the first step after the route, its failure (raised here), or too long a time."""
-    loop = asyncio.get_running_loop()
-    first = loop.create_task(_first_word(choices))
-    try:
-        await asyncio.wait((first,), timeout=OPENING_S)
-        if first.done():
-            first.result()
-    except BaseException:
-        async with _ended(first):
-            pass
-        await choices.aclose()
-        raise
-    return first
-
-
-async def _first_word(choices: Choices) -> Numbered:
-    """A model that waits or loads says so at once; a resident one accepts or refuses the prompt."""
-    while isinstance((numbered := await anext(choices))[1], Routed):
-        pass
-    return numbered
-
-
 async def _chunks(
     order: Order, shape: Shape, opening: asyncio.Task[Numbered], choices: Choices, trace_id: str
 ) -> AsyncGenerator[bytes, None]:
@@ -134,11 +90,11 @@ async def _chunks(
         begin["usage"] = None
     usages: dict[int, Usage] = {}
     try:
-        async with aclosing(choices), _ended(opening):
+        async with aclosing(choices), ended(opening):
             for index in range(len(order.requests)):
                 if (first := shape.first(index)) is not None:
                     yield _data({**begin, "choices": [first]})
-            async for index, step in _from(opening, choices):
+            async for index, step in going_on(opening, choices):
                 if isinstance(step, Delta) and (chunk := shape.chunk(index, step)) is not None:
                     yield _data({**begin, "choices": [chunk]})
                 elif isinstance(step, Completed):
@@ -153,22 +109,6 @@ async def _chunks(
         logger.exception("a completion failed (trace %s)", trace_id)
         yield _data(openai_json(Internal.masked(), trace_id))
     yield DONE
-
-
-@asynccontextmanager
-async def _ended(task: asyncio.Task[Any]) -> AsyncIterator[None]:
-    """A generator cannot be closed while somebody waits for its next item: see to it that nobody does."""
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
-async def _from(opening: asyncio.Task[Numbered], choices: Choices) -> Choices:
-    yield await opening
-    async for numbered in choices:
-        yield numbered
 
 
 def _data(payload: Mapping[str, Any]) -> bytes:

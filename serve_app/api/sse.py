@@ -34,22 +34,24 @@ def encode_event(payload: dict[str, Any], name: str | None = None, seq: int | No
 
 
 class EventStream(Response):
-    """Sends chunks as they come, and a comment whenever nothing was sent for a while.
+    """Sends chunks as they come, and something harmless whenever nothing was sent for a while.
 
     The generator is closed when the stream ends *and* when the client leaves; closing it is how a generation stops.
 
     Args:
         chunks: encoded events.
-        heartbeat_s: seconds of silence before a comment is sent.
+        heartbeat_s: seconds of silence before ``ping`` is sent.
+        ping: a comment, if not said otherwise.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[bytes, None], heartbeat_s: float) -> None:
+    def __init__(self, chunks: AsyncGenerator[bytes, None], heartbeat_s: float, ping: bytes = PING) -> None:
         self.status_code = 200
         self.background = None
         self._chunks = chunks
         self._heartbeat_s = heartbeat_s
+        self._ping = ping
         self._sending = asyncio.Lock()
         self._sent_at = 0.0
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
@@ -81,7 +83,7 @@ class EventStream(Response):
         while True:
             silent = loop.time() - self._sent_at
             if silent >= self._heartbeat_s:
-                await self._send(send, PING)
+                await self._send(send, self._ping)
             else:
                 await asyncio.sleep(self._heartbeat_s - silent)
 

@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from serve_app.api import openai as surface
+from serve_app.api import choices as surface
 from serve_app.domain.catalog import ModelState
 from serve_app.domain.generation import Role
 from tests.contract.conftest import MakePlatform
