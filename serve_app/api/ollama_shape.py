@@ -140,7 +140,7 @@ def details(status: ModelStatus) -> dict[str, Any]:
     family = (info.architecture if info else None) or ""
     return {
         "parent_model": "",
-        "format": "safetensors" if status.entry.provider == "huggingface" else "",
+        "format": "safetensors" if info and info.path else "",
         "family": family,
         "families": [family] if family else [],
         "parameter_size": _parameters(info.parameters if info else None),
