@@ -46,7 +46,7 @@ SETS: dict[str, tuple[Step, ...]] = {
         Step("paced", (), 5),
         Step("hops", (), 3),
         Step("engine", ("--sizes", "30M", "--budget", "90", "--slow-rounds", "1", *PEERS), 8),
-        Step("batch_scaling", (), 6),
+        Step("batch_scaling", ("--budget", "60"), 14),
         Step("frames", (), 4),
         Step("int8", (), 4),
         Step("store_cost", (), 12),

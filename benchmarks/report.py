@@ -143,12 +143,12 @@ def headline(results: Sequence[Found]) -> str:
         if row is not None:
             value = row["value"]
             told = f"{number(value['median'])} [{number(value['low'])}, {number(value['high'])}]"
-            lines.append(f"| {row['what']} | {told} | {_bound(row['target'])} |")
+            lines.append(f"| {result['title']} | {row['what']} | {told} | {_bound(row['target'])} |")
     if not lines:
         return "Nothing has been measured for publication yet.\n"
     engines = [result["scenario"] for result in good if result["scenario"].startswith("engine_")]
     plot = [f"![Tokens per second against streams](docs/plots/{engines[-1]}.throughput.svg)", ""] if engines else []
-    return "\n".join([*plot, "| | ratio [95 % interval] | target |", "|---|---|---|", *lines, ""])
+    return "\n".join([*plot, "| | | ratio [95 % interval] | target |", "|---|---|---|---|", *lines, ""])
 
 
 def pages(results: Sequence[Found]) -> Mapping[Path, str]:
