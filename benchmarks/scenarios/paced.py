@@ -18,9 +18,9 @@ from typing import Any
 from benchmarks.arrivals import Planned
 from benchmarks.client import Load
 from benchmarks.machine import CpuMeter
-from benchmarks.metrics import Sample
+from benchmarks.metrics import Sample, concurrent_rate
 from benchmarks.profiling import profile
-from benchmarks.protocol import Contender, Result, Target, measure, parser, rounds_of
+from benchmarks.protocol import Contender, Measured, Result, Row, Target, measure, parser, rounds_of
 from benchmarks.servers import Server, on, plain_serve, rotunda
 from benchmarks.stats import percentile
 
@@ -72,14 +72,13 @@ def offered_share(samples: Sequence[Sample], tokens: int, pace: float = PACE) ->
     return (tokens - 1) * pace / (ended - begun)
 
 
-def concurrent_rate(samples: Sequence[Sample]) -> float:
-    """Tokens per second while all streams run: from when the last one has begun until the first one ends. NaN when
-    there is no such time."""
-    begun, ended = max(sample.times[0] for sample in samples), min(sample.times[-1] for sample in samples)
-    if ended <= begun:
-        return math.nan
-    told = ((sum(begun < at <= ended for at in sample.times), sample) for sample in samples)
-    return sum(pieces * sample.tokens / len(sample.times) for pieces, sample in told) / (ended - begun)
+def rate_kept(result: Result, found: Measured, at: str, target: Target) -> list[Row]:
+    """The row of "on" over "off" while all streams run; a problem of the result when they never did."""
+    if all(math.isfinite(value) for name in ("on", "off") for value in found.values(name, "rate")):
+        what = f"{at}: tokens per second while all run, on over off"
+        return [found.ratio(what, "on", "off", "rate", "tok/s", target)]
+    result.problems.append(f"{at}: in a round there was no time at which all streams ran")
+    return []
 
 
 def profiled(server: Server, streams: int, seconds: float = 8.0) -> dict[str, dict[str, float]]:

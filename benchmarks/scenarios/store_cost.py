@@ -26,7 +26,7 @@ import psutil
 from sqlalchemy import insert
 
 from benchmarks.protocol import Contender, Result, Target, measure, parser, rounds_of
-from benchmarks.scenarios.paced import contender, scripted
+from benchmarks.scenarios.paced import contender, rate_kept, scripted
 from benchmarks.servers import Server, rotunda
 from serve_app.store import migrate
 from serve_app.store.engine import make_engine, parse_url, writer
@@ -189,8 +189,7 @@ def compare(result: Result, kind: str, on: Server, off: Server, tokens: int, rou
         ]
         found = measure(sides, rounds, seed, f"{kind}, {what}:")
         at = f"{kind}, {STREAMS} streams, {what}"
-        rate = [found.ratio(f"{at}: tokens per second while all run, on over off", "on", "off", "rate", "tok/s",
-                            Target(at_least=0.97))] if what == "paced" else []  # fmt: skip
+        rate = rate_kept(result, found, at, Target(at_least=0.97)) if what == "paced" else []
         cpu = found.ratio(f"{at}: CPU per token, on over off", "on", "off", "cpu_us_per_token", "µs",
                           Target(at_most=None if what == "paced" else 1.15))  # fmt: skip
         result.add(found, *rate, cpu)

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from benchmarks.protocol import Result, Target, measure, parser, rounds_of
-from benchmarks.scenarios.paced import PACE, contender, scripted
+from benchmarks.scenarios.paced import PACE, contender, rate_kept, scripted
 from benchmarks.servers import Server, rotunda
 
 STREAMS = 32
@@ -49,8 +49,7 @@ def main() -> None:
                 rounds_of(given), given.seed, f"{what}:",
             )  # fmt: skip
             at = f"{STREAMS} streams, {what}"
-            rate = [found.ratio(f"{at}: tokens per second while all run, on over off", "on", "off", "rate", "tok/s",
-                                Target(at_least=0.97))] if what == "paced" else []  # fmt: skip
+            rate = rate_kept(result, found, at, Target(at_least=0.97)) if what == "paced" else []
             cpu = found.ratio(f"{at}: CPU per token, on over off", "on", "off", "cpu_us_per_token", "µs",
                               Target(at_most=None if what == "paced" else 1.15))  # fmt: skip
             result.add(found, *rate, cpu)

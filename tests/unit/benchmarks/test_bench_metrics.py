@@ -1,10 +1,11 @@
 """The figures of a run: what counts from when, and over what."""
 
+import math
 from typing import Any
 
 import pytest
 
-from benchmarks.metrics import Sample, detail, metrics
+from benchmarks.metrics import Sample, concurrent_rate, detail, metrics
 
 
 def sample(**changed: Any) -> Sample:
@@ -73,3 +74,10 @@ def test_details_are_vllms_lists() -> None:
     assert found["output_lens"] == [5]
     assert found["ttfts"] == [1.0]
     assert found["itls"][0] == pytest.approx([0.1, 0.2])
+
+
+def test_the_rate_of_concurrent_streams_is_that_of_the_time_in_which_all_run() -> None:
+    early = sample(times=(1.0, 2.0, 3.0, 4.0), completion_tokens=4)
+    late = sample(times=(2.0, 3.0, 4.0, 5.0), completion_tokens=8)
+    assert concurrent_rate([early, late]) == pytest.approx((2 + 4) / 2)
+    assert math.isnan(concurrent_rate([early, sample(times=(4.0, 5.0))]))
