@@ -172,6 +172,7 @@ def one_size(size: str, given: Any, result: Result) -> None:
             result.details[f"{size}/{streams}"] = {
                 name: list(map(dict, rounds)) for name, rounds in found.rounds.items()
             }
+            result.write()  # after each: a large model's rounds take minutes, and what there is should not be lost
 
 
 def main() -> None:
@@ -190,7 +191,6 @@ def main() -> None:
         result = Result.begin(f"engine_{size}", f"A Llama of {size} parameters against peers, over HTTP", given)
         result.settings |= {"threads": given.threads, "prompt": "128 words ± 50 %"}
         one_size(size, given, result)
-        result.write()
 
 
 if __name__ == "__main__":
