@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,30 +116,32 @@ def _run(settings: Settings, file: ServeFile, arguments: argparse.Namespace, sto
 
     started = time.monotonic()
     logger.info("Starting Ray …")
-    context = ray.init(
-        num_cpus=arguments.num_cpus,
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        dashboard_port=arguments.dashboard_port,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        object_store_memory=256 * 2**20,
-    )
-    _catch_signals(stop)  # ray.init put its own handler in place
     try:
+        context = ray.init(
+            num_cpus=arguments.num_cpus,
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            dashboard_port=arguments.dashboard_port,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            object_store_memory=256 * 2**20,
+        )
+        _catch_signals(stop)  # ray.init put its own handler in place
         client = ServeSubmissionClient(f"http://{context.dashboard_url}")
-        client.deploy_applications(yaml.safe_load(arguments.config.read_text()))
-        logger.info("Starting Serve …")
-        problem = _wait_until_running(client, stop)
+        problem = _unless_stopped(lambda: _start(client, arguments.config, stop), stop)
         if problem is not None:
             logger.error("%s", problem)
             return 1
         if not stop.is_set():
             _greet(settings, file, time.monotonic() - started)
-        stop.wait()
-        logger.info("Stopping …")
-        _shut_down()
+            stop.wait()
+            logger.info("Stopping …")
+            _shut_down()
         return 0
+    except Exception:
+        if stop.is_set():  # Ctrl-C came while Ray started, and reached its processes as well
+            return 0
+        raise
     finally:
         ray.shutdown()
 
@@ -146,6 +149,35 @@ def _run(settings: Settings, file: ServeFile, arguments: argparse.Namespace, sto
 def _catch_signals(stop: threading.Event) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
+
+
+def _unless_stopped(work: Callable[[], str | None], stop: threading.Event) -> str | None:
+    """What ``work`` returns or raises; None as soon as it is to stop. A terminal's Ctrl-C reaches Ray's dashboard too,
+    which may then never answer what it was asked."""
+    outcome: list[str | Exception | None] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except Exception as error:  # the border to Ray
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive() and not stop.is_set():
+        thread.join(0.1)
+    if stop.is_set():
+        return None
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _start(client: Any, config: Path, stop: threading.Event) -> str | None:
+    """Deploy everything; returns once it runs, or with what is wrong."""
+    logger.info("Starting Serve …")
+    client.deploy_applications(yaml.safe_load(config.read_text()))
+    return _wait_until_running(client, stop)
 
 
 def _wait_until_running(client: Any, stop: threading.Event) -> str | None:

@@ -123,3 +123,16 @@ def test_ctrl_c_saves_the_partial_reply_and_leaves_nothing_behind(guarded: Clust
     assert saved == [(rows[0][1],)]
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{guarded.url}/health")
+
+
+@pytest.mark.own_cluster
+@pytest.mark.parametrize("moment", ["Starting Ray", "Starting Serve"])
+def test_ctrl_c_while_it_starts_leaves_nothing_behind(tmp_path: Path, moment: str) -> None:
+    """A terminal sends it to Ray's processes as well, and some of them end before they have answered."""
+    cluster = Cluster(tmp_path, [])
+    process = cluster.launch()
+    wait_until(lambda: moment in cluster.log or process.poll() is not None, 60, 0.05, moment)
+    interrupted = time.monotonic()
+    assert cluster.stop() == 0, cluster.log
+    assert time.monotonic() - interrupted <= 20
+    wait_until(lambda: not cluster.processes(), 5, what="every process to end")
