@@ -55,7 +55,8 @@ def throughput(axes: Any, result: Found) -> bool:
     lines: dict[str, dict[int, float]] = {}
     for title, rounds in result["details"].items():
         for name, figures in rounds.items():
-            lines.setdefault(name, {})[int(title.rpartition("/")[2].split()[0])] = median(one["output_throughput"] for one in figures)
+            streams = int(title.rpartition("/")[2].split()[0])
+            lines.setdefault(name, {})[streams] = median(one["output_throughput"] for one in figures)
     for name, points in sorted(lines.items()):
         at = sorted(points)
         axes.plot(at, [points[streams] for streams in at], marker="o", label=name)
