@@ -6,6 +6,7 @@ applications (running replies are saved as terminated), then the cluster; no pro
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import resource
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from serve_app.config import Settings, check_exposure, load
@@ -54,6 +56,8 @@ Throughput mode would hold a thousand log records back in memory, for the sake o
 """
 
 START_TIMEOUT_S = 180.0
+LEAVE_S = 2.0
+"""How long Ray's processes may take to end after it did."""
 
 
 def main() -> int:
@@ -112,7 +116,6 @@ def _most_connections() -> int:
 
 def _run(settings: Settings, file: ServeFile, arguments: argparse.Namespace, stop: threading.Event) -> int:
     import ray
-    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
     started = time.monotonic()
     logger.info("Starting Ray …")
@@ -127,8 +130,8 @@ def _run(settings: Settings, file: ServeFile, arguments: argparse.Namespace, sto
             object_store_memory=256 * 2**20,
         )
         _catch_signals(stop)  # ray.init put its own handler in place
-        client = ServeSubmissionClient(f"http://{context.dashboard_url}")
-        problem = _unless_stopped(lambda: _start(client, arguments.config, stop), stop)
+        address = f"http://{context.dashboard_url}"
+        problem = _unless_stopped(lambda: _start(address, arguments.config, stop), stop)
         if problem is not None:
             logger.error("%s", problem)
             return 1
@@ -143,7 +146,19 @@ def _run(settings: Settings, file: ServeFile, arguments: argparse.Namespace, sto
             return 0
         raise
     finally:
-        ray.shutdown()
+        _end_ray()
+
+
+def _end_ray() -> None:
+    """End Ray, and what it leaves behind when it is ended while it starts: the dashboard's own processes."""
+    import ray
+
+    family = psutil.Process().children(recursive=True)
+    ray.shutdown()
+    _, left = psutil.wait_procs(family, LEAVE_S)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _catch_signals(stop: threading.Event) -> None:
@@ -173,9 +188,12 @@ def _unless_stopped(work: Callable[[], str | None], stop: threading.Event) -> st
     return outcome[0]
 
 
-def _start(client: Any, config: Path, stop: threading.Event) -> str | None:
+def _start(address: str, config: Path, stop: threading.Event) -> str | None:
     """Deploy everything; returns once it runs, or with what is wrong."""
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
     logger.info("Starting Serve …")
+    client = ServeSubmissionClient(address)
     client.deploy_applications(yaml.safe_load(config.read_text()))
     return _wait_until_running(client, stop)
 

@@ -385,7 +385,7 @@ def test_providers_and_fallbacks_of_the_platform_file_are_put_up_by_the_router(
         wait_until(lambda: quietly(cluster, "lab") == "ok", 60, what="the router to come back")
     wait_until(lambda: "upstream-plat" not in serve_details(cluster), 60, what="its application to be taken down")
     assert "upstream-lab" in serve_details(cluster), "what is declared stays"
-    assert quietly(cluster, "plat") == "unknown"
+    assert quietly(cluster, "plat") == "absent"
 
 
 def kill_router(cluster: Cluster) -> None:
