@@ -71,12 +71,12 @@ class Sample:
         return all(found[name] <= bound for name, bound in slo.items())
 
 
-def concurrent_rate(samples: Sequence[Sample]) -> float:
-    """Tokens per second while all streams run: from when the last one has begun until the first one ends. NaN when
+def concurrent_rate(samples: Sequence[Sample]) -> float | None:
+    """Tokens per second while all streams run: from when the last one has begun until the first one ends. None when
     there is no such time."""
     begun, ended = max(sample.times[0] for sample in samples), min(sample.times[-1] for sample in samples)
     if ended <= begun:
-        return math.nan
+        return None
     told = ((sum(begun < at <= ended for at in sample.times), sample) for sample in samples)
     return sum(pieces * sample.tokens / len(sample.times) for pieces, sample in told) / (ended - begun)
 

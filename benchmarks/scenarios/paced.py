@@ -8,7 +8,6 @@ token of all processes but the client.
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 import time
 from collections.abc import Sequence
@@ -53,7 +52,7 @@ def contender(server: Server, streams: int, tokens: int, pace: float = PACE, ove
         gaps = [gap for sample in run.samples for gap in sample.gaps]
         return {
             "share": offered_share(run.samples, tokens, pace),
-            "rate": concurrent_rate(run.samples),
+            **({} if (rate := concurrent_rate(run.samples)) is None else {"rate": rate}),
             "gap_p50_ms": percentile(gaps, 50) * 1000,
             "gap_p99_ms": percentile(gaps, 99) * 1000,
             "cpu_us_per_token": meter.spent.total / found["total_output_tokens"] * 1e6,
@@ -74,7 +73,7 @@ def offered_share(samples: Sequence[Sample], tokens: int, pace: float = PACE) ->
 
 def rate_kept(result: Result, found: Measured, at: str, target: Target) -> list[Row]:
     """The row of "on" over "off" while all streams run; a problem of the result when they never did."""
-    if all(math.isfinite(value) for name in ("on", "off") for value in found.values(name, "rate")):
+    if all("rate" in figures for name in ("on", "off") for figures in found.rounds[name]):
         what = f"{at}: tokens per second while all run, on over off"
         return [found.ratio(what, "on", "off", "rate", "tok/s", target)]
     result.problems.append(f"{at}: in a round there was no time at which all streams ran")

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from importlib.metadata import version
 from typing import Any
 
@@ -40,7 +40,7 @@ from serve_app.api.sse import EventStream
 from serve_app.api.validation import parse_json
 from serve_app.domain.catalog import Capability
 from serve_app.domain.embeddings import EmbeddingRequest, Embeddings
-from serve_app.domain.errors import Internal, InvalidInput, ModelAmbiguous, ModelNotFound, RotundaError
+from serve_app.domain.errors import Internal, InvalidInput, ModelNotFound, RotundaError
 from serve_app.domain.generation import Delta, Priority
 from serve_app.domain.routing import Ask
 from serve_app.gateway import Completed, Step
@@ -99,11 +99,10 @@ class Ollama:
         name = body.wanted
         if name.endswith(LATEST):
             view = await self._services.gateway.router.view()
-            with suppress(ModelAmbiguous):
-                try:
-                    find_model(view, name)
-                except ModelNotFound:
-                    name = name.removesuffix(LATEST)
+            try:
+                find_model(view, name)
+            except ModelNotFound:
+                name = name.removesuffix(LATEST)
         return body.model_copy(update={"model": name})
 
     async def embed(self, request: Request) -> Response:

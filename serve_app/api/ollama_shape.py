@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
@@ -64,7 +65,8 @@ class Shape:
 
     def calls(self) -> dict[str, Any] | None:
         """The line with the calls of the reply, if there are any."""
-        return self._said("", "", calls_json(self._calls)) if self._calls else None
+        calls = calls_json(self._calls)
+        return self._said("", "", calls) if calls else None
 
     def last(self, completed: Completed) -> dict[str, Any]:
         """The line that ends a stream."""
@@ -109,16 +111,17 @@ def nanoseconds(seconds: float) -> int:
 
 
 def calls_json(parts: Sequence[ToolCallPart]) -> list[dict[str, Any]]:
-    """Whole calls out of their parts; the arguments are an object."""
+    """Whole calls out of their parts; the arguments are an object. A call that broke off has none, and is left out."""
     names: dict[int, str] = {}
     arguments: dict[int, str] = {}
     for part in parts:
         names[part.index] = part.name or names.get(part.index, "")
         arguments[part.index] = arguments.get(part.index, "") + part.arguments
-    return [
-        {"function": {"name": names[index], "arguments": json.loads(arguments[index] or "{}")}}
-        for index in sorted(names)
-    ]
+    calls = []
+    for index in sorted(names):
+        with suppress(ValueError):
+            calls.append({"function": {"name": names[index], "arguments": json.loads(arguments[index] or "{}")}})
+    return calls
 
 
 def tag(status: ModelStatus) -> dict[str, Any]:

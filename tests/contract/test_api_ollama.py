@@ -12,8 +12,10 @@ import httpx
 import ollama
 import pytest
 
+from serve_app.api.ollama_shape import calls_json
 from serve_app.domain.catalog import Capability, ModelInfo, ModelState
 from serve_app.domain.generation import Role
+from serve_app.domain.tools import ToolCallPart
 from tests.contract.conftest import MakePlatform
 from tests.doubles import LocalPlatform
 from tests.pictures import encoded
@@ -202,6 +204,11 @@ async def test_who_leaves_ends_the_generation(platform: LocalPlatform, client: o
     async with asyncio.timeout(10):
         while platform.engine.counters().running:  # noqa: ASYNC110 - nothing tells
             await asyncio.sleep(0.005)
+
+
+def test_a_call_that_broke_off_is_left_out() -> None:
+    parts = [ToolCallPart(0, '{"a": ', "1", "add"), ToolCallPart(0, "1}"), ToolCallPart(1, '{"a": ', "2", "add")]
+    assert calls_json(parts) == [{"function": {"name": "add", "arguments": {"a": 1}}}]
 
 
 async def test_the_version_is_told(api: httpx.AsyncClient) -> None:
