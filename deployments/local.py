@@ -11,6 +11,7 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
 import threading
 import time
@@ -102,10 +103,19 @@ def _set_environment(dashboard_port: int) -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_SERVE_HAPROXY_MAXCONN", str(_most_connections()))
+    # HAProxy sends what comes before it knows an ingress to a proxy on this port, which is bound with SO_REUSEPORT: of
+    # two clusters on one machine, one would answer for the other.
+    os.environ.setdefault("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", str(_free_port()))
     os.environ.setdefault("RAY_DASHBOARD_ADDRESS", f"http://127.0.0.1:{dashboard_port}")
     home = str(Path.cwd())
     os.environ.setdefault("ROTUNDA_HOME", home)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _most_connections() -> int:

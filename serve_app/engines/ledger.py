@@ -83,11 +83,11 @@ def check_room(counters: Counters, options: EngineOptions) -> None:
 
 
 class Line(Generic[T]):
-    """Who waits: by priority, then by age. Not locked: one owner."""
+    """Who waits: by priority, then by age since arrival. Not locked: one owner."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[int, int, T]] = []
-        self._age = itertools.count()
+        self._heap: list[tuple[int, float, int, T]] = []
+        self._count = itertools.count()
 
     def __repr__(self) -> str:
         return f"Line({len(self._heap)})"
@@ -96,21 +96,22 @@ class Line(Generic[T]):
         return len(self._heap)
 
     def __iter__(self) -> Iterator[T]:
-        return (item for _, _, item in sorted(self._heap, key=lambda entry: entry[:2]))
+        return (item for *_, item in sorted(self._heap, key=lambda entry: entry[:3]))
 
-    def push(self, item: T, priority: Priority) -> None:
-        heapq.heappush(self._heap, (int(priority), next(self._age), item))
+    def push(self, item: T, priority: Priority, arrived: float) -> None:
+        """``arrived``: on any clock. Prompts are made side by side, so a younger request may be ready first."""
+        heapq.heappush(self._heap, (int(priority), arrived, next(self._count), item))
 
     def first(self) -> T | None:
-        return self._heap[0][2] if self._heap else None
+        return self._heap[0][-1] if self._heap else None
 
     def pop(self) -> T:
-        return heapq.heappop(self._heap)[2]
+        return heapq.heappop(self._heap)[-1]
 
     def remove(self, item: T) -> bool:
         """Take somebody out; False when they were not there."""
         for index, entry in enumerate(self._heap):
-            if entry[2] is item:
+            if entry[-1] is item:
                 del self._heap[index]
                 heapq.heapify(self._heap)
                 return True

@@ -212,7 +212,7 @@ class ScriptedEngine:
             self._start(run)
             return
         run.turn = asyncio.get_running_loop().create_future()
-        self._line.push(run, run.request.priority)
+        self._line.push(run, run.request.priority, run.arrived)
         await self._wait(run.turn)
 
     def _start(self, run: _Run) -> None:

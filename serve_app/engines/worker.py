@@ -141,7 +141,7 @@ class Worker:
         """Put a job in the line. Its items, and its error if it has one, come through ``job.items``."""
         with self._wake:
             self.check_health()
-            self._line.push(job, job.request.priority)
+            self._line.push(job, job.request.priority, job.arrived)
             self._wake.notify()
 
     def cancel(self, job: Job) -> None:

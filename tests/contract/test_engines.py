@@ -235,7 +235,7 @@ async def test_the_line_serves_priority_then_age(make_engine: MakeEngine) -> Non
         await collect(engine, ask(priority=priority, max_tokens=2))
         order.append(name)
 
-    first = asyncio.create_task(collect(engine, ask(max_tokens=100)))
+    first = asyncio.create_task(collect(engine, ask(max_tokens=300)))
     await until(lambda: engine.counters().running == 1)
     tasks = []
     for name, priority in (

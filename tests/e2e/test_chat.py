@@ -15,11 +15,13 @@ from tests.cluster import Cluster, sse_events, wait_until
 
 CHAT, VISION, SLOW = "rotunda/tiny-chat", "rotunda/tiny-vision", "test/slow"
 
+Event = tuple[str | None, str | None, str]
+
 
 class Reply:
     """A whole stream: its events in order, and what they add up to."""
 
-    def __init__(self, events: list[tuple[str | None, str | None, str]]) -> None:
+    def __init__(self, events: list[Event]) -> None:
         self.ids = [int(identifier or 0) for identifier, _, _ in events]
         self.names = [name or "token" for _, name, _ in events]
         self.payloads = [json.loads(data) for _, _, data in events]
@@ -36,12 +38,15 @@ class Reply:
         return str(self.of("session")["conversationId"])
 
 
-def ask(cluster: Cluster, message: str, model: str = CHAT, **body: Any) -> Reply:
+def ask(cluster: Cluster, message: str, model: str = CHAT, heard: list[Event] | None = None, **body: Any) -> Reply:
+    """The whole reply; ``heard`` gets each event as it comes."""
     payload = {"message": message, "model": model, **body}
+    events: list[Event] = [] if heard is None else heard
     with cluster.client() as client, client.stream("POST", "/api/stream-message", json=payload) as answer:
         assert answer.status_code == 200, answer.read()
         assert answer.headers["content-type"].startswith("text/event-stream")
-        return Reply(list(sse_events(answer.iter_lines())))
+        events.extend(sse_events(answer.iter_lines()))
+        return Reply(events)
 
 
 def picture(shape: str, colour: str, size: tuple[int, int] = (180, 140)) -> bytes:

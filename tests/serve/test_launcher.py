@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import socket
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests.cluster import MODELS, ROOT, Cluster, model_application, sse_events, wait_until
@@ -89,6 +91,22 @@ def test_with_keys_every_route_but_health_wants_one(guarded: Cluster) -> None:
         assert client.get("/api/models", headers=wrong).status_code == 401
         right = {"Authorization": f"Bearer {KEY}"}
         wait_until(lambda: client.get("/api/models", headers=right).json()["count"] >= 1, what="the models")
+
+
+@pytest.mark.own_cluster
+def test_two_clusters_on_one_machine_share_no_port(cluster: Cluster, guarded: Cluster) -> None:
+    """Serve's proxies bind theirs with SO_REUSEPORT: one cluster would answer for the other."""
+    mine, others = (_listening(one) for one in (cluster, guarded))
+    assert {cluster.port, cluster.dashboard_port} <= mine and {guarded.port, guarded.dashboard_port} <= others
+    assert not mine & others
+
+
+def _listening(cluster: Cluster) -> set[int]:
+    found = set()
+    for process in cluster.processes():
+        with contextlib.suppress(psutil.Error):
+            found |= {one.laddr.port for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN}
+    return found
 
 
 @pytest.mark.own_cluster

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from tests.cluster import MODELS, Cluster, model_application, wait_until
-from tests.e2e.test_chat import Reply, ask
+from tests.e2e.test_chat import Event, Reply, ask
 from tests.ollama_server import OllamaServer, StandInModel
 from tests.serve.test_fleet import alive, pids, serve_details
 from tests.serve.test_remote_providers import upstream
@@ -65,15 +65,22 @@ class Asked:
         self.reply: Reply | None = None
         self.failure: BaseException | None = None
         self.ended = 0.0
+        self._heard: list[Event] = []
         self._thread = threading.Thread(target=self._run, args=(cluster, model, message, body))
         self._thread.start()
 
     def _run(self, cluster: Cluster, model: str, message: str, body: dict[str, Any]) -> None:
         try:
-            self.reply = ask(cluster, message, model, **body)
+            self.reply = ask(cluster, message, model, self._heard, **body)
         except BaseException as error:
             self.failure = error
         self.ended = time.monotonic()
+
+    def begun(self) -> Asked:
+        """It, once it has its first token. A model may be busy with something else before that."""
+        wait_until(lambda: self.failure or any(name is None for _, name, _ in list(self._heard)), 90, what="a token")
+        assert self.failure is None, self.failure
+        return self
 
     def result(self, timeout_s: float = 180) -> Reply:
         self._thread.join(timeout_s)
@@ -133,8 +140,7 @@ def test_twelve_clients_at_once_get_all_of_three_models_with_room_for_one(tight:
 
 def test_who_asks_with_priority_is_served_first(tight: Cluster) -> None:
     ask(tight, "[[tokens=1]]", "test/a")
-    running = Asked(tight, "test/a", "[[tokens=250]]")
-    wait_until(lambda: state(tight, "test/a") == "busy", what="a to be busy")
+    running = Asked(tight, "test/a", "[[tokens=250]]").begun()
     low = Asked(tight, "test/b", priority="low")
     wait_until(lambda: len(rotation(tight)["queue"]) == 1, what="the first to wait")
     high = Asked(tight, "test/c", priority="high")
@@ -150,8 +156,7 @@ def test_who_asks_with_priority_is_served_first(tight: Cluster) -> None:
 
 def test_the_death_of_the_router_loses_no_stream_and_no_request(tight: Cluster) -> None:
     ask(tight, "[[tokens=1]]", "test/a")
-    running = Asked(tight, "test/a", "[[tokens=400]]")
-    wait_until(lambda: state(tight, "test/a") == "busy", what="a to be busy")
+    running = Asked(tight, "test/a", "[[tokens=400]]").begun()
     waiting = [Asked(tight, f"test/{name}") for name in "bcbc"]
     wait_until(lambda: len(rotation(tight)["queue"]) == 4, what="all four to wait")
     router = next(pid for name, pid in pids(tight).items() if name.startswith("gateway/router"))
@@ -249,8 +254,7 @@ def brisk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 def test_a_stream_that_runs_when_its_model_must_go_completes(brisk: Cluster) -> None:
     ask(brisk, "[[tokens=1]]", "test/a")
-    running = Asked(brisk, "test/a", "[[tokens=700]]")
-    wait_until(lambda: state(brisk, "test/a") == "busy", what="a to be busy")
+    running = Asked(brisk, "test/a", "[[tokens=700]]").begun()
     # It must have stayed its least time before it can be asked to drain.
     waiting = Asked(brisk, "test/b")
     wait_until(lambda: state(brisk, "test/a") == "retiring", 60, what="a to be draining")

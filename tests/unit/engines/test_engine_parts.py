@@ -31,8 +31,13 @@ from tests.unit.engines.model_files import LLAMA, MakeModel
 
 def test_the_line_goes_by_priority_then_age() -> None:
     line: Line[str] = Line()
-    for name, priority in (("a", Priority.LOW), ("b", Priority.NORMAL), ("c", Priority.HIGH), ("d", Priority.NORMAL)):
-        line.push(name, priority)
+    for name, priority, arrived in (
+        ("a", Priority.LOW, 1.0),
+        ("d", Priority.NORMAL, 3.0),
+        ("b", Priority.NORMAL, 2.0),  # older than "d", but its prompt took longer to make
+        ("c", Priority.HIGH, 4.0),
+    ):
+        line.push(name, priority, arrived)
     assert list(line) == ["c", "b", "d", "a"]
     assert line.remove("b") and not line.remove("b")
     assert (line.first(), [line.pop() for _ in range(3)], line.first()) == ("c", ["c", "d", "a"], None)
