@@ -96,9 +96,9 @@ def test_with_keys_every_route_but_health_wants_one(guarded: Cluster) -> None:
 @pytest.mark.own_cluster
 def test_two_clusters_on_one_machine_share_no_port(cluster: Cluster, guarded: Cluster) -> None:
     """Serve's proxies bind theirs with SO_REUSEPORT: one cluster would answer for the other."""
-    mine, others = (_listening(one) for one in (cluster, guarded))
-    assert {cluster.port, cluster.dashboard_port} <= mine and {guarded.port, guarded.dashboard_port} <= others
-    assert not mine & others
+    for one in (cluster, guarded):
+        wait_until(lambda one=one: {one.port, one.dashboard_port} <= _listening(one), what="its ports")  # type: ignore[misc]
+    assert not _listening(cluster) & _listening(guarded)
 
 
 def _listening(cluster: Cluster) -> set[int]:
