@@ -64,7 +64,7 @@ def throughput(axes: Any, result: Found) -> bool:
     ticks = sorted({streams for points in lines.values() for streams in points})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.legend(fontsize=8)
-    return bool(lines)
+    return len(ticks) > 2
 
 
 def latency(axes: Any, result: Found) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ ORDER = (
     "engine_5M",
     "engine_30M",
     "engine_90M",
+    "engine_90M_1_8",
+    "engine_90M_32",
     "batch_scaling",
+    "batch_scaling_90M",
     "gpu",
     "hops",
     "gateway",
@@ -146,7 +150,7 @@ def headline(results: Sequence[Found]) -> str:
             lines.append(f"| {result['title']} | {row['what']} | {told} | {_bound(row['target'])} |")
     if not lines:
         return "Nothing has been measured for publication yet.\n"
-    engines = [result["scenario"] for result in good if result["scenario"].startswith("engine_")]
+    engines = [result["scenario"] for result in good if fnmatch(result["scenario"], "engine_*M")]
     plot = [f"![Tokens per second against streams](docs/plots/{engines[-1]}.throughput.svg)", ""] if engines else []
     return "\n".join([*plot, "| | | ratio [95 % interval] | target |", "|---|---|---|---|", *lines, ""])
 

@@ -22,6 +22,8 @@ from serve_app.engines.discovery import inspect
 from serve_app.engines.registry import create
 
 STREAMS = (1, 8, 32)
+SHORT = ("5M", "30M")
+"""Measured if nothing is said; the largest takes as long as both."""
 HISTORY, INTRUDER = 1500, 2000
 Figures = dict[str, float]
 
@@ -183,12 +185,15 @@ def one_size(size: str, given: argparse.Namespace, result: Result) -> None:
 
 def main() -> None:
     arguments = parser(__doc__, rounds=5)
-    arguments.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    arguments.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SHORT))
     arguments.add_argument("--threads", type=int, default=1)
     arguments.add_argument("--tokens", type=int, help="of each reply (default 128; 96 with --quick)")
     arguments.add_argument("--budget", type=float, help="seconds for each size")
     given = arguments.parse_args()
-    result = Result.begin("batch_scaling", "What sharing a forward pass is worth: the bare engine", given)
+    some = [] if given.sizes == list(SHORT) else given.sizes
+    title = "What sharing a forward pass is worth: the bare engine"
+    title += f", {' and '.join(some)} parameters" if some else ""
+    result = Result.begin("_".join(["batch_scaling", *some]), title, given)
     result.settings |= {"threads": given.threads, "new_tokens": given.tokens or (96 if given.quick else 128)}
     for size in given.sizes:
         one_size(size, given, result)

@@ -187,8 +187,12 @@ def main() -> None:
     arguments.add_argument("--slow-rounds", type=int, help=f"rounds {slow}")
     arguments.add_argument("--budget", type=float, help="seconds for each size and number of streams")
     given = arguments.parse_args()
+    # The largest model takes so long that its numbers of streams are measured one at a time, into files of their own.
+    some = [] if given.streams == list(STREAMS) else [str(streams) for streams in given.streams]
     for size in given.sizes:
-        result = Result.begin(f"engine_{size}", f"A Llama of {size} parameters against peers, over HTTP", given)
+        title = f"A Llama of {size} parameters against peers, over HTTP"
+        title += f": {' and '.join(some)} streams" if some else ""
+        result = Result.begin("_".join(["engine", size, *some]), title, given)
         result.settings |= {"threads": given.threads, "prompt": "128 words ± 50 %"}
         one_size(size, given, result)
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, Select, bindparam, delete, func, insert, literal, or_, select, update
+from sqlalchemy import Column, ColumnElement, Select, bindparam, delete, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -22,7 +21,7 @@ _COUNT = select(func.count()).where(messages.c.conversation_id == conversations.
 
 
 # Statements of every reply are made once, and their values given when they run: making them costs more than running.
-_CREATE = insert(conversations).returning(conversations, literal(0).label("message_count"))
+_CREATE = insert(conversations)
 _TOUCH = update(conversations).values(updated_at=bindparam("now"))
 _TOUCH_ID = _TOUCH.where(conversations.c.id == bindparam("conversation"))
 _OF_SESSION = select(stream_sessions.c.conversation_id).where(stream_sessions.c.id == bindparam("session"))
@@ -48,11 +47,11 @@ async def touch_of(connection: AsyncConnection, session_id: str, now: datetime) 
 
 async def insert_conversation(connection: AsyncConnection, new: NewConversation) -> Conversation:
     """Keep a new conversation; InvalidInput when the id is taken."""
-    row = asdict(new) | {"is_private": new.is_private, "created_at": new.created_at, "updated_at": new.created_at}
     try:
-        return conversation_of((await connection.execute(_CREATE, row)).one())
+        await connection.execute(_CREATE, new.values())
     except IntegrityError as error:
         raise InvalidInput("A conversation with this id already exists.") from error
+    return new.empty()
 
 
 def behind(cursor: Cursor, at: Column[Any], id: Column[Any]) -> tuple[ColumnElement[bool], ...]:

@@ -114,7 +114,7 @@ def make_engine(url: URL, *, foreign_keys: bool = True) -> AsyncEngine:
         # A deferred transaction that reads and then writes fails at once when another process wrote in between,
         # whatever the busy timeout; an immediate one waits its turn.
         writes = connection.get_execution_options().get(_WRITES, False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+        connection.connection.driver_connection.begin_with = "BEGIN IMMEDIATE" if writes else "BEGIN"
 
     return engine
 
@@ -197,11 +197,25 @@ class Database:
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction that may write: kept whole when the block ends, dropped whole when it raises."""
+        """A transaction that may write: kept whole when the block ends, dropped whole when it raises.
+
+        On SQLite it has its turn among the processes from its first statement on.
+        """
         with translated():
             await self._checked()
             async with self._turn, self._writer.begin() as connection:
                 yield connection
+
+    @property
+    def fuses(self) -> bool:
+        """Whether one statement can do what a transaction does: see :mod:`serve_app.store.fused`."""
+        return self._engine.dialect.name == "postgresql"
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[AsyncConnection]:
+        """For statements that are transactions of their own, where the database :attr:`fuses`."""
+        async with self.read() as connection:
+            yield connection
 
     async def _checked(self) -> None:
         if self._check is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Row, Select, bindparam, delete, func, insert, select, update
@@ -14,15 +15,37 @@ from serve_app.domain.errors import InvalidInput, NotFound
 from serve_app.store.conversations import touch
 from serve_app.store.engine import Database, whole
 from serve_app.store.files import chunks, images_of, insert_images, orphans
-from serve_app.store.records import NewImage, message_of, new_id, utc_now
-from serve_app.store.tables import conversations, images, messages, stream_sessions
+from serve_app.store.records import NewImage, message_of, message_values, new_id, utc_now
+from serve_app.store.tables import clean, conversations, images, messages, stream_sessions
 
 _LAST_SEQ = 2**62
 _SEQ = select(func.coalesce(func.max(messages.c.seq), 0)).where(messages.c.conversation_id == bindparam("conversation"))
-_INSERT = insert(messages).values(seq=_SEQ.scalar_subquery() + 1).returning(messages)
+_INSERT = insert(messages).values(seq=_SEQ.scalar_subquery() + 1)
 _BY_ID = select(messages).where(messages.c.id == bindparam("message"))
 _OF_CONVERSATION = select(messages).where(messages.c.conversation_id == bindparam("conversation"))
 _NEWEST = _OF_CONVERSATION.order_by(messages.c.seq.desc()).limit(bindparam("most"))
+
+
+def new_message(
+    conversation_id: str,
+    text: str,
+    sender: Sender,
+    id: str | None = None,
+    model: str | None = None,
+    provider: str | None = None,
+    status: MessageStatus = MessageStatus.COMPLETE,
+) -> StoredMessage:
+    """A message of this moment, as it will be kept."""
+    return StoredMessage(
+        id=clean(id or new_id()),
+        conversation_id=clean(conversation_id),
+        text=clean(text),
+        sender=sender,
+        timestamp=utc_now(),
+        status=status,
+        model=clean(model),
+        provider=clean(provider),
+    )
 
 
 async def insert_message(
@@ -38,25 +61,13 @@ async def insert_message(
     images: Sequence[NewImage] = (),
 ) -> StoredMessage:
     """Add a message at the end of a conversation that this transaction has touched; InvalidInput for a taken id."""
-    now = utc_now()
-    row = {
-        "id": id or new_id(),
-        "conversation_id": conversation_id,
-        "conversation": conversation_id,
-        "text": text,
-        "sender": sender,
-        "timestamp": now,
-        "created_at": now,
-        "has_images": bool(images),
-        "status": status.value,
-        "model": model,
-        "provider": provider,
-    }
+    stored = new_message(conversation_id, text, sender, id, model, provider, status)
     try:
-        stored = (await connection.execute(_INSERT, row)).one()
+        await connection.execute(_INSERT, message_values(stored, bool(images)) | {"conversation": conversation_id})
     except IntegrityError as error:
         raise InvalidInput("A message with this id already exists.") from error
-    return message_of(stored, await insert_images(connection, conversation_id, stored.id, images, now))
+    kept = await insert_images(connection, conversation_id, stored.id, images, stored.timestamp)
+    return replace(stored, images=kept) if kept else stored
 
 
 class Messages:

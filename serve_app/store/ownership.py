@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, bindparam, delete, literal_column, not_, or_, select, update
+from sqlalchemy import bindparam, delete, literal_column, not_, or_, select, update
 
 from serve_app.domain.conversation import StreamSession
 from serve_app.domain.errors import NotFound
 from serve_app.domain.stream_log import LogRow
+from serve_app.store import fused
 from serve_app.store.conversations import touch
 from serve_app.store.engine import Database, whole
 from serve_app.store.files import chunks
@@ -24,6 +25,8 @@ from serve_app.store.records import Adopted, Pulse, SessionState, log_row_of, se
 from serve_app.store.session_rows import (
     IS_ACTIVE,
     IS_EXPIRED,
+    OWNED,
+    PULSE,
     append,
     append_many,
     close_if_abandoned,
@@ -39,14 +42,10 @@ MAX_EPOCHS = 6
 _HOPELESS = or_(session.wanted.is_(None), session.epoch >= MAX_EPOCHS, session.terminate_reason.is_not(None))
 _PRUNED_AT_ONCE = 200
 _MINE = (session.id.in_(bindparam("ids", expanding=True)), session.owner == bindparam("me"), IS_ACTIVE)
-_PULSE = (session.id, session.epoch, session.terminate_reason)
-_LOOK = select(*_PULSE).where(*_MINE)
+_LOOK = select(*PULSE).where(*_MINE)
 _LOOK_LOCKED = _LOOK.with_for_update(read=True)
 _RENEW = (
-    update(stream_sessions)
-    .where(*_MINE)
-    .values(owned_until_ms=database_ms() + bindparam("ttl_ms", type_=BigInteger), updated_at=bindparam("now"))
-    .returning(*_PULSE)
+    update(stream_sessions).where(*_MINE).values(owned_until_ms=OWNED, updated_at=bindparam("now")).returning(*PULSE)
 )
 _HAS_LOG: Any = literal_column("has_log")
 
@@ -80,6 +79,9 @@ class Ownership:
         """
         pulses: dict[str, Pulse] = {}
         writes = renew_s is not None or any(batches.values())
+        if writes and self._db.fuses:
+            async with self._db.alone() as connection:
+                return await fused.write_log(connection, owner, ids, batches, renew_s)
         async with self._db.write() if writes else self._db.read() as connection:
             for some in chunks(ids):
                 given: dict[str, Any] = {"ids": some, "me": owner}
@@ -140,6 +142,7 @@ class Ownership:
         change = update(stream_sessions).where(session.id == id, IS_ACTIVE, IS_EXPIRED, not_(_HOPELESS))
         change = change.values(owner=owner, owned_until_ms=until(ttl_s), epoch=session.epoch + 1)
         async with self._db.write() as connection:
+            await connection.exec_driver_sql("SELECT 1")  # with it the turn comes
             if time.monotonic() - asked > within_s:
                 return None
             row = (await connection.execute(change.returning(stream_sessions))).one_or_none()

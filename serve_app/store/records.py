@@ -6,7 +6,7 @@ import base64
 import binascii
 import json
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, cast
 
@@ -25,6 +25,7 @@ from serve_app.domain.errors import InvalidInput
 from serve_app.domain.generation import Timing, Usage
 from serve_app.domain.stream_log import LogRow, Origin
 from serve_app.domain.wanted import Wanted
+from serve_app.store.tables import clean
 
 
 def new_id() -> str:
@@ -83,9 +84,13 @@ class NewConversation:
     def empty(self) -> Conversation:
         """As it will be kept."""
         return Conversation(
-            self.id, self.tab_name, self.llm_model, self.is_private, self.password_hash, self.system_prompt,
-            self.created_at, self.created_at,
+            clean(self.id), clean(self.tab_name), clean(self.llm_model), self.is_private, self.password_hash,
+            clean(self.system_prompt), self.created_at, self.created_at,
         )  # fmt: skip
+
+    def values(self) -> dict[str, Any]:
+        """The row."""
+        return asdict(self) | {"is_private": self.is_private, "updated_at": self.created_at}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +124,53 @@ class NewSession:
     wanted: Wanted | None = None
     idempotency_key: str | None = None
     fingerprint: str | None = None
+    started_at: datetime = field(default_factory=utc_now)
+
+    def begun(self, question_id: str | None) -> StreamSession:
+        """As it will be kept."""
+        return StreamSession(
+            id=clean(self.id),
+            conversation_id=clean(self.conversation_id),
+            model=clean(self.model),
+            provider=clean(self.provider),
+            status=SessionStatus.ACTIVE,
+            started_at=self.started_at,
+            updated_at=self.started_at,
+            timeout_ms=self.timeout_ms,
+            owner=self.owner,
+            trace_id=self.trace_id,
+            wanted=self.wanted,
+            question_id=question_id,
+            fingerprint=self.fingerprint,
+        )
+
+    def values(self, question_id: str | None) -> dict[str, Any]:
+        """The row, but for when its ownership runs out."""
+        return {
+            "id": self.id,
+            "conversation_id": self.conversation_id,
+            "model": self.model,
+            "provider": self.provider,
+            "status": SessionStatus.ACTIVE.value,
+            "started_at": self.started_at,
+            "updated_at": self.started_at,
+            "created_at": self.started_at,
+            "partial_response": "",
+            "token_count": 0,
+            "timeout_ms": self.timeout_ms,
+            "trace_id": self.trace_id,
+            "owner": self.owner,
+            "epoch": 1,
+            "wanted": None if self.wanted is None else json.dumps(self.wanted.to_json()),
+            "question_id": question_id,
+            "idempotency_key": self.idempotency_key,
+            "fingerprint": self.fingerprint,
+            "has_log": self.wanted is not None,
+        }
+
+    def lease(self) -> dict[str, int]:
+        """For how long it is owned, by the database's clock."""
+        return {"ttl_ms": int(self.ttl_s * 1000)}
 
 
 class AlreadyBegun(Exception):
@@ -201,6 +253,22 @@ def message_of(row: Row[Any], images: tuple[StoredImage, ...] = ()) -> StoredMes
     )
 
 
+def message_values(message: StoredMessage, has_images: bool = False) -> dict[str, Any]:
+    """The row of a message, but for its place in the conversation."""
+    return {
+        "id": message.id,
+        "conversation_id": message.conversation_id,
+        "text": message.text,
+        "sender": message.sender,
+        "timestamp": message.timestamp,
+        "created_at": message.timestamp,
+        "has_images": has_images,
+        "status": message.status.value,
+        "model": message.model,
+        "provider": message.provider,
+    }
+
+
 def session_of(row: Row[Any]) -> StreamSession:
     return StreamSession(
         id=row.id,
@@ -241,33 +309,6 @@ def _timing_of(row: Row[Any]) -> Timing | None:
     if row.total_s is None:
         return None
     return Timing(row.queued_s, row.load_s, row.ttft_s, row.decode_s, row.total_s)
-
-
-def session_values(new: NewSession, question_id: str | None) -> dict[str, Any]:
-    """The row of a session that begins now; it is owned for ``ttl_ms`` by the database's clock."""
-    now = utc_now()
-    return {
-        "id": new.id,
-        "conversation_id": new.conversation_id,
-        "model": new.model,
-        "provider": new.provider,
-        "status": SessionStatus.ACTIVE.value,
-        "started_at": now,
-        "updated_at": now,
-        "created_at": now,
-        "partial_response": "",
-        "token_count": 0,
-        "timeout_ms": new.timeout_ms,
-        "trace_id": new.trace_id,
-        "owner": new.owner,
-        "ttl_ms": int(new.ttl_s * 1000),
-        "epoch": 1,
-        "wanted": None if new.wanted is None else json.dumps(new.wanted.to_json()),
-        "question_id": question_id,
-        "idempotency_key": new.idempotency_key,
-        "fingerprint": new.fingerprint,
-        "has_log": new.wanted is not None,
-    }
 
 
 def usage_columns(usage: Usage | None) -> dict[str, int | None]:

@@ -18,7 +18,7 @@ from serve_app.domain.stream_log import TOKEN, Entry, LogRow, Origin, rows_of
 from serve_app.store.conversations import touch
 from serve_app.store.files import chunks
 from serve_app.store.messages import insert_message
-from serve_app.store.records import log_values, new_id, session_of, utc_now
+from serve_app.store.records import NewSession, log_values, new_id, session_of, utc_now
 from serve_app.store.tables import ACTIVE, database_ms, stream_events, stream_sessions
 
 session = stream_sessions.c
@@ -27,6 +27,8 @@ events = stream_events.c
 IS_ACTIVE = session.status == literal_column(f"'{ACTIVE}'")
 # A session of the chat service never had an owner.
 IS_EXPIRED = func.coalesce(session.owned_until_ms, 0) < database_ms()
+
+PULSE = (session.id, session.epoch, session.terminate_reason)
 
 _SAVED_AS = {
     SessionStatus.COMPLETED: MessageStatus.COMPLETE,
@@ -39,11 +41,8 @@ _APPEND = {
     "postgresql": postgresql.insert(stream_events).on_conflict_do_nothing(),
 }
 # Statements of every reply are made once, and their values given when they run: making them costs more than running.
-_INSERT = (
-    insert(stream_sessions)
-    .values(owned_until_ms=database_ms() + bindparam("ttl_ms", type_=BigInteger))
-    .returning(stream_sessions)
-)
+OWNED = database_ms() + bindparam("ttl_ms", type_=BigInteger)
+_INSERT = insert(stream_sessions).values(owned_until_ms=OWNED)
 _BY_ID = select(stream_sessions).where(session.id == bindparam("session"))
 _BY_ID_LOCKED = _BY_ID.with_for_update()
 _FINISH = (
@@ -76,6 +75,11 @@ class Written:
         return "".join(self.parts)
 
 
+def saved_as(status: str) -> str:
+    """The status of the message that a session leaves which ended so."""
+    return _SAVED_AS[SessionStatus(status)].value
+
+
 def until(ttl_s: float) -> Any:
     """The moment ``ttl_s`` seconds from now, by the database's clock."""
     return database_ms() + int(ttl_s * 1000)
@@ -89,14 +93,14 @@ async def row_of(connection: AsyncConnection, id: str, lock: bool = False) -> Ro
     return row
 
 
-async def insert_session(connection: AsyncConnection, values: dict[str, Any]) -> StreamSession:
+async def insert_session(connection: AsyncConnection, new: NewSession, question_id: str | None) -> StreamSession:
     """Open a session in a conversation that this transaction has claimed."""
     try:
-        row = await connection.execute(_INSERT, values)
+        await connection.execute(_INSERT, new.values(question_id) | new.lease())
     except IntegrityError as error:
         # Another active session is out of the question: the conversation was claimed in this transaction.
         raise InvalidInput("A stream session with this id already exists.") from error
-    return session_of(row.one())
+    return new.begun(question_id)
 
 
 async def append(connection: AsyncConnection, session_id: str, rows: Sequence[LogRow]) -> None:
@@ -161,7 +165,7 @@ async def finish(
             id=row.message_id,
             model=row.model,
             provider=row.provider,
-            status=_SAVED_AS[SessionStatus(row.status)],
+            status=MessageStatus(saved_as(row.status)),
         )
     return row
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 
 from sqlalchemy import func, select, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from serve_app.domain.conversation import SessionStatus, StreamSession, TerminationReason
 from serve_app.domain.errors import ConversationBusy, InvalidInput
 from serve_app.domain.generation import Timing, Usage
 from serve_app.domain.stream_log import LogRow
+from serve_app.store import fused
 from serve_app.store.conversations import behind, insert_conversation, touch_of
 from serve_app.store.engine import Database, whole
-from serve_app.store.messages import insert_message
+from serve_app.store.messages import insert_message, new_message
 from serve_app.store.records import (
     AlreadyBegun,
     BegunReply,
@@ -23,8 +25,8 @@ from serve_app.store.records import (
     NewConversation,
     NewImage,
     NewSession,
+    new_id,
     session_of,
-    session_values,
     timing_columns,
     usage_columns,
     utc_now,
@@ -55,6 +57,12 @@ class Sessions:
         (``details["sessionId"]`` names it), InvalidInput for an id that is taken, and AlreadyBegun when a session
         has the idempotency key.
         """
+        if conversation is not None and not images and self._db.fuses:
+            question = new_message(new.conversation_id, text, "user", message_id)
+            async with self._db.alone() as connection:
+                with suppress(IntegrityError):  # something is there already: the long way says what
+                    await fused.begin(connection, new, question, conversation)
+                    return BegunReply(question, new.begun(question.id))
         async with self._one_per_key(new), self._db.write() as connection:
             if conversation is None:
                 await _claim(connection, new)
@@ -62,14 +70,14 @@ class Sessions:
                 await _refuse_known(connection, new)
                 await insert_conversation(connection, conversation)
             message = await insert_message(connection, new.conversation_id, text, "user", id=message_id, images=images)
-            return BegunReply(message, await insert_session(connection, session_values(new, message.id)))
+            return BegunReply(message, await insert_session(connection, new, message.id))
 
     @whole
     async def open_session(self, new: NewSession) -> StreamSession:
         """Open a session without a new message, to answer what is there. Raises as :meth:`begin_reply` does."""
         async with self._one_per_key(new), self._db.write() as connection:
             await _claim(connection, new)
-            return await insert_session(connection, session_values(new, None))
+            return await insert_session(connection, new, None)
 
     @asynccontextmanager
     async def _one_per_key(self, new: NewSession) -> AsyncIterator[None]:
@@ -166,6 +174,12 @@ class Sessions:
             **usage_columns(usage),
             **timing_columns(timing),
         }
+        if self._db.fuses and epoch is not None and model and provider:
+            saved = {"model": model, "provider": provider, "message_id": (message_id or new_id()) if text else None}
+            async with self._db.alone() as connection:
+                with suppress(IntegrityError):  # somebody has just added a message: the long way puts this behind it
+                    if (row := await fused.finish(connection, id, values | saved, rows, epoch)) is not None:
+                        return session_of(row)
         values |= {name: value for name, value in (("model", model), ("provider", provider)) if value is not None}
         async with self._db.write() as connection:
             if not await touch_of(connection, id, utc_now()):

@@ -7,7 +7,7 @@ visit wakes a thread and then the event loop, which costs more than most of our 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import aiosqlite
@@ -49,12 +49,17 @@ class _Cursor:
         self._rows = []
 
     async def _visit(self, call: Callable[..., sqlite3.Cursor], *given: Any) -> None:
-        found = await self._connection._execute(self._in_thread, call, *given)  # type: ignore[no-untyped-call]
+        begin, self._connection.begin_with = self._connection.begin_with, None
+        found = await self._connection._execute(self._in_thread, begin, call, *given)  # type: ignore[no-untyped-call]
         self.description, self._rows, self.rowcount, self.lastrowid = found
 
-    def _in_thread(self, call: Callable[..., sqlite3.Cursor], *given: Any) -> tuple[Any, list[Any], int, int | None]:
+    def _in_thread(
+        self, begin: str | None, call: Callable[..., sqlite3.Cursor], *given: Any
+    ) -> tuple[Any, list[Any], int, int | None]:
         cursor = self._connection._conn.cursor()
         try:
+            if begin is not None:
+                cursor.execute(begin)
             call(cursor, *given)
             rows = cursor.fetchall() if cursor.description else []
             return cursor.description, rows, cursor.rowcount, cursor.lastrowid
@@ -64,6 +69,20 @@ class _Cursor:
 
 class Connection(aiosqlite.Connection):
     """A connection whose cursors are those above."""
+
+    begin_with: str | None = None
+    """Begins the transaction, together with its first statement."""
+
+    async def commit(self) -> None:
+        await self._end(super().commit)
+
+    async def rollback(self) -> None:
+        await self._end(super().rollback)
+
+    async def _end(self, end: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        if self.begin_with is None:
+            await end()
+        self.begin_with = None  # a transaction without statements never began
 
     def cursor(self) -> _Cursor:  # type: ignore[override]
         return _Cursor(self)

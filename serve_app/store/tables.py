@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import (
     BigInteger,
@@ -33,6 +33,8 @@ from sqlalchemy.types import TypeDecorator
 
 # What PostgreSQL (NUL) or UTF-8 (lone surrogates, which JSON's \ud800 smuggles in) cannot hold.
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+
+_Text = TypeVar("_Text", str, str | None)
 
 ACTIVE = "ACTIVE"
 _WHERE_ACTIVE = text("status = 'ACTIVE'")
@@ -66,9 +68,12 @@ class CleanText(TypeDecorator[str]):
     cache_ok = True
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
-        if value is None or (value.isascii() and "\x00" not in value):
-            return value
-        return _UNSTORABLE.sub("\ufffd", value)
+        return clean(value)
+
+
+def clean(text: _Text) -> _Text:
+    """``text`` as it is kept."""
+    return text if text is None or (text.isascii() and "\x00" not in text) else _UNSTORABLE.sub("\ufffd", text)
 
 
 class database_ms(FunctionElement[int]):

@@ -114,7 +114,8 @@ async def test_a_locked_database_is_unavailable_and_worth_another_try(
     monkeypatch.setattr(engine_module, "SQLITE_BUSY_MS", 50)
     holder, waiter = await Store.open(on_sqlite), await Store.open(on_sqlite)
     try:
-        async with holder._db.write():
+        async with holder._db.write() as connection:
+            await connection.exec_driver_sql("SELECT 1")
             started = time.monotonic()
             with pytest.raises(ProviderUnavailable, match="conversation store cannot be reached") as failure:
                 await waiter.create_conversation("c", "Tab", system_prompt="between us")

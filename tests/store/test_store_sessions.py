@@ -9,9 +9,13 @@ import pytest
 
 from serve_app.domain.conversation import MessageStatus, SessionStatus, TerminationReason
 from serve_app.domain.errors import ConversationBusy, InvalidInput, NotFound
+from serve_app.domain.events import Numbered, Token
 from serve_app.domain.generation import Timing, Usage
+from serve_app.domain.stream_log import Entry, Origin, rows_of
 from serve_app.store import Cursor, NewImage, NewSession, Store
-from serve_app.store.records import AlreadyBegun
+from serve_app.store.conversations import touch
+from serve_app.store.messages import insert_message
+from serve_app.store.records import AlreadyBegun, NewConversation, utc_now
 
 USAGE = Usage(10, 3, 2)
 TIMING = Timing(0.1, 0.2, 0.3, 0.4, 1.0)
@@ -228,3 +232,106 @@ async def test_of_many_requests_with_one_key_one_begins(store: Store, new_sessio
     assert len(begun) == 1
     others = [result for result in results if isinstance(result, AlreadyBegun)]
     assert {other.session_id for other in others} == {begun[0].session.id} and len(others) == 5
+
+
+STRANGE = "A\x00b \ud800 \U0001f40d 'quoted'"
+
+
+async def test_a_reply_may_begin_its_conversation(store: Store) -> None:
+    new = NewSession("s", "fresh", "tiny-chat", "huggingface", owner="ingress-1", idempotency_key="k")
+    fresh = NewConversation("fresh", STRANGE, "tiny-chat", None, "Be brief.")
+    begun = await store.begin_reply(new, text=STRANGE, conversation=fresh)
+    assert await store.get_conversation("fresh") == replace(fresh.empty(), message_count=1)
+    assert begun.message == await store.get_message(begun.message.id)
+    assert begun.session == await store.get_session("s")
+    assert begun.session.question_id == begun.message.id
+
+
+async def test_a_conversation_that_cannot_begin_leaves_nothing(store: Store, new_session: NewSession) -> None:
+    new = replace(new_session, idempotency_key="k")
+    await store.begin_reply(new, text="one")
+    fresh = NewConversation("fresh", "Fresh")
+    elsewhere = replace(new, id="s2", conversation_id="fresh", idempotency_key=None)
+    with pytest.raises(InvalidInput, match="conversation"):
+        taken = NewConversation(new.conversation_id, "Again")
+        await store.begin_reply(replace(elsewhere, conversation_id=taken.id), text="two", conversation=taken)
+    with pytest.raises(AlreadyBegun) as known:
+        await store.begin_reply(replace(elsewhere, idempotency_key="k"), text="two", conversation=fresh)
+    assert known.value.session_id == new.id
+    with pytest.raises(InvalidInput, match="session"):
+        await store.begin_reply(replace(elsewhere, id=new.id), text="two", conversation=fresh)
+    with pytest.raises(NotFound):
+        await store.get_conversation("fresh")
+    assert len(await store.list_sessions()) == 1
+
+
+@pytest.mark.parametrize("owned", [True, False], ids=["by its owner", "by anybody"])
+async def test_an_end_has_its_message_and_the_rest_of_the_log(
+    store: Store, new_session: NewSession, owned: bool
+) -> None:
+    await store.begin_reply(new_session, text="question")
+    before = (await store.get_conversation(new_session.conversation_id)).updated_at
+    rows = rows_of([Entry(Numbered(1, Token("answer", 0)), Origin("m", "p", 1, None, (7,)))], 0, 1)
+    done = await store.finish_session(
+        new_session.id,
+        status=SessionStatus.TERMINATED,
+        text=STRANGE,
+        token_count=1,
+        usage=USAGE,
+        timing=TIMING,
+        termination_reason=TerminationReason.USER_REQUESTED,
+        model="m",
+        provider="p",
+        message_id="reply",
+        provider_stopped=True,
+        epoch=1 if owned else None,
+        rows=rows,
+    )
+    assert done == await store.get_session(new_session.id)
+    assert (done.message_id, done.usage, done.timing, done.provider_stopped) == ("reply", USAGE, TIMING, True)
+    reply = await store.get_message("reply")
+    assert (reply.text, reply.status, reply.model) == (done.partial_response, MessageStatus.TERMINATED, "m")
+    assert [one.id for one in await store.list_messages(new_session.conversation_id)][1:] == ["reply"]
+    assert (await store.read_log({done.id: 0}))[done.id][1] == rows
+    assert (await store.get_conversation(new_session.conversation_id)).updated_at >= before
+    again = await store.finish_session(
+        done.id, status=SessionStatus.ERROR, text="late", model="m", provider="p", epoch=1 if owned else None
+    )
+    assert again == done
+
+
+async def test_an_end_without_text_saves_no_message(store: Store, new_session: NewSession) -> None:
+    await store.begin_reply(new_session, text="question")
+    done = await store.finish_session(
+        new_session.id, status=SessionStatus.ERROR, error_code="TIMEOUT", model="m", provider="p", epoch=1
+    )
+    assert (done.message_id, done.error_code) == (None, "TIMEOUT")
+    assert len(await store.list_messages(new_session.conversation_id)) == 1
+
+
+async def test_a_former_owner_ends_nothing(store: Store, new_session: NewSession) -> None:
+    await store.begin_reply(new_session, text="question")
+    kept = await store.finish_session(
+        new_session.id, status=SessionStatus.COMPLETED, text="x", model="m", provider="p", epoch=7
+    )
+    assert kept.status is SessionStatus.ACTIVE
+    assert len(await store.list_messages(new_session.conversation_id)) == 1
+
+
+async def test_an_end_waits_for_a_message_that_is_being_added_and_comes_after_it(
+    store: Store, new_session: NewSession
+) -> None:
+    await store.begin_reply(new_session, text="question")
+    async with store._db.write() as connection:
+        await touch(connection, new_session.conversation_id, utc_now())
+        await insert_message(connection, new_session.conversation_id, "in between", "user")
+        ended = asyncio.create_task(
+            store.finish_session(
+                new_session.id, status=SessionStatus.COMPLETED, text="answer", model="m", provider="p", epoch=1
+            )
+        )
+        await asyncio.wait({ended}, timeout=0.3)  # it meets the lock now, or comes later: both must come out right
+        assert not ended.done()
+    assert (await ended).status is SessionStatus.COMPLETED
+    texts = [one.text for one in await store.list_messages(new_session.conversation_id)]
+    assert texts == ["question", "in between", "answer"]
