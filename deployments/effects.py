@@ -3,15 +3,12 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine
 from typing import Any
-
-from ray.serve.handle import DeploymentHandle
 
 from deployments.applications import Applications
 from deployments.demand import demand_of
-from deployments.handles import Failure, translate
+from deployments.handles import Failure, handle_on, translate
 from deployments.offer import Offer
 from serve_app.domain.catalog import Entry, ModelState
 from serve_app.domain.errors import ModelNotFound, error_from_dict
@@ -24,8 +21,6 @@ logger = logging.getLogger(__name__)
 AGAIN_S = 0.2
 """Pause after a load was answered by a replica that is leaving."""
 RETIRE_TIMEOUT_S = 5.0
-LINGER_S = 3.0
-"""A handle is kept for so long after its call: a few of Serve's ``metrics_interval_s``."""
 
 
 class Effects:
@@ -112,7 +107,7 @@ class Effects:
             memory = await asyncio.to_thread(demand_of, args, entry.info)
             update = {"memory_bytes": int(memory.memory) or None}
             await self._applications.put_up(entry, args.model_copy(update=update))
-        async with self._handle(entry) as handle:
+        with handle_on(entry) as handle:
             while True:
                 answer = await handle.warm.remote()
                 if answer is not False:
@@ -135,32 +130,14 @@ class Effects:
                 self._tell(Gone(effect.model))
             elif self._loaded(entry.application):
                 # Only replicas that run hear a broadcast; a call to a model without any would wake it.
-                async with self._handle(entry) as handle:
+                with handle_on(entry) as handle:
                     await handle.broadcast("retire", effect.epoch).results_async(timeout_s=RETIRE_TIMEOUT_S)
         except Exception as error:
             # The answers to their heartbeats say the same.
             logger.warning("%s was not told to leave: %r", effect.model, error)
-
-    @asynccontextmanager
-    async def _handle(self, entry: Entry) -> AsyncIterator[DeploymentHandle[Any]]:
-        """A handle for one call: an idle one would talk with Serve's controller for ever.
-
-        It has to say that its queue is empty before it goes: Serve counts the last queue of a silent handle for ten
-        seconds, and would start the model again for nobody.
-        """
-        handle: DeploymentHandle[Any] = DeploymentHandle(entry.deployment, entry.application)
-        try:
-            yield handle
-        finally:
-            self._spawn(_shut(handle))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-async def _shut(handle: DeploymentHandle[Any]) -> None:
-    await asyncio.sleep(LINGER_S)
-    await handle.shutdown_async()

@@ -7,17 +7,17 @@ failure of Ray itself (a killed replica, a full queue) is told from a failure of
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import functools
 import logging
 import secrets
-from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import ray
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.domain.catalog import Entry
@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 ROUTER_TIMEOUT_S = 10.0
 IDLE_HANDLE_S = 60.0
 SWEEP_S = 5.0
+LINGER_S = 3.0
+"""A handle is kept for so long after its last call: a few of Serve's ``metrics_interval_s``."""
 
 Value = TypeVar("Value")
 
@@ -108,6 +110,35 @@ def apart(method: Any, *args: Any) -> Any:
     return contextvars.Context().run(method.remote, *args)
 
 
+_leaving: set[asyncio.Task[None]] = set()
+
+
+def let_go(handle: DeploymentHandle[Any]) -> None:
+    """Give a handle up whose calls have ended. Left to itself, it would talk with Serve's controller for ever.
+
+    It has to say that its queue is empty before it goes: Serve counts the last queue of a silent handle for ten
+    seconds, and would start the model again for nobody.
+    """
+    task = asyncio.get_running_loop().create_task(_shut(handle))
+    _leaving.add(task)
+    task.add_done_callback(_leaving.discard)
+
+
+async def _shut(handle: DeploymentHandle[Any]) -> None:
+    await asyncio.sleep(LINGER_S)
+    await handle.shutdown_async()
+
+
+@contextlib.contextmanager
+def handle_on(entry: Entry) -> Iterator[DeploymentHandle[Any]]:
+    """A handle for one call to a model's deployment."""
+    handle: DeploymentHandle[Any] = DeploymentHandle(entry.deployment, entry.application)
+    try:
+        yield handle
+    finally:
+        let_go(handle)
+
+
 class RouterHandle:
     """The router deployment as :class:`serve_app.gateway.Router`."""
 
@@ -153,6 +184,36 @@ class RouterHandle:
         return answer
 
 
+@dataclass(eq=False, slots=True)
+class _Line:
+    """A handle, and what runs over it."""
+
+    handle: DeploymentHandle[Any]
+    used_at: float = 0.0
+    calls: int = 0
+    given_up: bool = False
+
+    @contextlib.contextmanager
+    def calling(self) -> Iterator[None]:
+        """Counts a call; the last one of a line that was given up closes it."""
+        self.calls += 1
+        try:
+            yield
+        finally:
+            self.calls -= 1
+            self.used_at = asyncio.get_running_loop().time()
+            self._close()
+
+    def give_up(self) -> None:
+        """Make no more calls over it."""
+        self.given_up = True
+        self._close()
+
+    def _close(self) -> None:
+        if self.given_up and not self.calls:
+            let_go(self.handle)
+
+
 class ModelHandles:
     """The models' deployments as :class:`serve_app.gateway.Backend`.
 
@@ -166,29 +227,24 @@ class ModelHandles:
     def __init__(self, ingress: str) -> None:
         self._ingress = ingress
         self._inbox = Inbox()
-        self._handles: dict[tuple[str, bool], DeploymentHandle[Any]] = {}
-        self._used_at: dict[tuple[str, bool], float] = {}
-        self._calls: Counter[str] = Counter()
-        """Calls that run, by application."""
+        self._lines: dict[tuple[str, bool], _Line] = {}
         self._readers: set[asyncio.Task[None]] = set()
 
     async def sweep(self) -> None:
         """Give up the handles that were not used for a while: each talks with Serve's controller all the time."""
         now = asyncio.get_running_loop().time()
-        for key, used_at in list(self._used_at.items()):
-            if now - used_at > IDLE_HANDLE_S and not self._calls[key[0]]:
-                del self._used_at[key]
-                handle = self._handles.pop(key, None)
-                if handle is not None:
-                    await handle.shutdown_async()
+        for key, line in list(self._lines.items()):
+            if now - line.used_at > IDLE_HANDLE_S and not line.calls:
+                self._lines.pop(key).give_up()
 
     async def stream(self, entry: Entry, request: GenerationRequest, epoch: int) -> AsyncGenerator[Item, None]:
         """Yield the replica's items; closing the iterator cancels the call, and with it the generation."""
         # Another attempt is another stream: what the first one still brings must not mix with it.
         request = replace(request, request_id=f"{request.request_id}-{secrets.token_hex(4)}")
         mailbox = self._inbox.open(request.request_id)
-        call = apart(self._handle(entry, stream=True).generate, request, epoch, self._ingress)
-        reader = asyncio.get_running_loop().create_task(self._read(call, entry, mailbox))
+        line = self._line(entry, stream=True)
+        call = apart(line.handle.generate, request, epoch, self._ingress)
+        reader = asyncio.get_running_loop().create_task(self._read(call, line, entry, mailbox))
         self._readers.add(reader)
         reader.add_done_callback(self._readers.discard)
         whole = False
@@ -205,41 +261,45 @@ class ModelHandles:
 
     async def embed(self, entry: Entry, request: EmbeddingRequest, epoch: int) -> Embeddings:
         """One vector for each text."""
+        line = self._line(entry, stream=False)
         try:
-            answer = await apart(self._handle(entry, stream=False).embed, request, epoch)
+            with line.calling():
+                answer = await apart(line.handle.embed, request, epoch)
         except Exception as error:
-            self._forget(entry)
+            self._forget(entry, error)
             raise translate(error, entry.id, entry.provider) from error
         if isinstance(answer, Failure):
             raise error_from_dict(answer.error)
         return answer  # type: ignore[no-any-return]
 
-    async def _read(self, call: Any, entry: Entry, mailbox: Mailbox) -> None:
-        self._calls[entry.application] += 1
+    async def _read(self, call: Any, line: _Line, entry: Entry, mailbox: Mailbox) -> None:
         try:
-            async for data in call:
-                self._inbox.deliver(unpack(data))
+            with line.calling():
+                async for data in call:
+                    self._inbox.deliver(unpack(data))
             mailbox.call_ended(asyncio.get_running_loop().time())
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, RequestCancelledError) as end:
             # By us, when nobody reads any more; should Ray do it, the reader must not wait for what never comes.
             mailbox.fail(ProviderUnavailable(f"The call to {entry.id} was cut off. Try again.", entry.provider))
-            raise
+            if isinstance(end, asyncio.CancelledError):
+                raise
         except Exception as error:
-            self._forget(entry)
+            self._forget(entry, error)
             logger.warning("a call to %s failed: %r", entry.application, error)
             mailbox.fail(translate(error, entry.id, entry.provider))
-        finally:
-            self._calls[entry.application] -= 1
 
-    def _handle(self, entry: Entry, stream: bool) -> DeploymentHandle[Any]:
+    def _line(self, entry: Entry, stream: bool) -> _Line:
         key = (entry.application, stream)
-        if key not in self._handles:
+        if key not in self._lines:
             handle: DeploymentHandle[Any] = DeploymentHandle(entry.deployment, entry.application)
-            self._handles[key] = handle.options(stream=stream, response_serialization="pickle")
-        self._used_at[key] = asyncio.get_running_loop().time()
-        return self._handles[key]
+            self._lines[key] = _Line(handle.options(stream=stream, response_serialization="pickle"))
+        self._lines[key].used_at = asyncio.get_running_loop().time()
+        return self._lines[key]
 
-    def _forget(self, entry: Entry) -> None:
-        """A handle whose call failed may belong to an application that was deployed anew since."""
-        for stream in (True, False):
-            self._handles.pop((entry.application, stream), None)
+    def _forget(self, entry: Entry, error: Exception) -> None:
+        """A handle to an application that has gone stays useless, also when it is deployed anew under its name."""
+        if isinstance(error, DeploymentUnavailableError):
+            for stream in (True, False):
+                line = self._lines.pop((entry.application, stream), None)
+                if line is not None:
+                    line.give_up()

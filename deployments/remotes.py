@@ -3,14 +3,12 @@
 import asyncio
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
 
 from ray import serve
 from ray.serve import RunTarget
-from ray.serve.handle import DeploymentHandle
 
 from deployments import upstream
-from deployments.handles import Failure
+from deployments.handles import Failure, handle_on
 from serve_app.config import Platform, Settings, UpstreamArgs
 from serve_app.domain.catalog import Catalogue, Entry
 from serve_app.domain.errors import error_from_dict
@@ -131,7 +129,7 @@ class Remotes:
 
     async def command(self, action: str, entry: Entry) -> None:
         """``load`` or ``unload`` a model where it lives; raises what the provider answers."""
-        handle: DeploymentHandle[Any] = DeploymentHandle(entry.deployment, entry.application)
-        answer = await getattr(handle, action).remote(entry.id)
+        with handle_on(entry) as handle:
+            answer = await getattr(handle, action).remote(entry.id)
         if isinstance(answer, Failure):
             raise error_from_dict(answer.error)

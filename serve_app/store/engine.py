@@ -114,7 +114,8 @@ def make_engine(url: URL, *, foreign_keys: bool = True) -> AsyncEngine:
         # A deferred transaction that reads and then writes fails at once when another process wrote in between,
         # whatever the busy timeout; an immediate one waits its turn.
         writes = connection.get_execution_options().get(_WRITES, False)
-        connection.connection.driver_connection.begin_with = "BEGIN IMMEDIATE" if writes else "BEGIN"
+        driver: Any = connection.connection.driver_connection
+        driver.begin_with = "BEGIN IMMEDIATE" if writes else "BEGIN"
 
     return engine
 
