@@ -1,0 +1,131 @@
+"""Which handle a model's calls go over, and that none that is given up lives on: each reports to Serve for ever."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import pytest
+from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
+
+from deployments import handles
+from deployments.handles import IDLE_HANDLE_S, ModelHandles
+from serve_app.domain.catalog import Entry
+from serve_app.domain.errors import ProviderUnavailable
+from serve_app.domain.generation import Accepted, Delta, Finish, FinishReason, GenerationRequest, Item, Message, Usage
+from serve_app.frames import Outbox, pack
+
+ENTRY = Entry("tiny", "huggingface", "model-tiny", "model")
+REQUEST = GenerationRequest("r", "tiny", (Message.of("user", "hi"),))
+
+
+class Call:
+    """A double of Serve's streaming response: what is cancelled raises as Serve's does."""
+
+    def __init__(self, request: GenerationRequest, endless: bool, gone: bool) -> None:
+        self._frames = Outbox().carry(request.request_id, self._items(endless))
+        self._gone = gone
+        self.cancelled = asyncio.Event()
+
+    async def _items(self, endless: bool) -> AsyncGenerator[Item, None]:
+        yield Accepted(1)
+        yield Delta("a", (1,))
+        if endless:
+            await asyncio.Event().wait()
+        yield Finish(FinishReason.STOP, Usage(1, 1))
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+    async def __aiter__(self) -> AsyncGenerator[bytes, None]:
+        if self._gone:
+            raise DeploymentUnavailableError("it")  # type: ignore[arg-type]
+        cancelled = asyncio.create_task(self.cancelled.wait())
+        while True:
+            frame = asyncio.ensure_future(anext(self._frames, None))
+            await asyncio.wait({frame, cancelled}, return_when=asyncio.FIRST_COMPLETED)
+            if not frame.done():
+                frame.cancel()
+                raise RequestCancelledError("it")
+            if (got := frame.result()) is None:
+                return
+            yield pack(got)
+
+
+class Handle:
+    """A double of Serve's handle."""
+
+    made: list[Handle]
+    endless = False
+
+    def __init__(self, deployment: str, application: str) -> None:
+        self.shut = self.gone = False
+        self.made.append(self)
+
+    def options(self, **_: Any) -> Handle:
+        return self
+
+    @property
+    def generate(self) -> Handle:
+        return self
+
+    def remote(self, request: GenerationRequest, epoch: int, ingress: str) -> Call:
+        assert not self.shut
+        return Call(request, self.endless, self.gone)
+
+    async def shutdown_async(self) -> None:
+        self.shut = True
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Handle]:
+    monkeypatch.setattr(handles, "DeploymentHandle", Handle)
+    monkeypatch.setattr(handles, "LINGER_S", 0.0)
+    monkeypatch.setattr(Handle, "made", [], raising=False)
+    return Handle.made
+
+
+async def settled() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_a_client_that_leaves_costs_no_handle(made: list[Handle], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Handle, "endless", True)
+    models = ModelHandles("ingress-1")
+    for _ in range(3):
+        stream = models.stream(ENTRY, REQUEST, 1)
+        assert isinstance(await anext(stream), Accepted)
+        await stream.aclose()
+        await settled()
+    assert [handle.shut for handle in made] == [False]
+
+
+async def test_a_handle_to_what_has_gone_is_replaced_and_shut_when_its_last_call_has_ended(made: list[Handle]) -> None:
+    models = ModelHandles("ingress-1")
+    first = models.stream(ENTRY, REQUEST, 1)
+    await anext(first)
+    made[0].gone = True
+    with pytest.raises(ProviderUnavailable):
+        await anext(models.stream(ENTRY, REQUEST, 1))
+    assert [type(item) async for item in first][-1] is Finish
+    await settled()
+    assert made[0].shut
+    assert [type(item) async for item in models.stream(ENTRY, REQUEST, 1)] == [Accepted, Delta, Finish]
+    assert len(made) == 2 and not made[1].shut
+
+
+async def test_an_idle_handle_is_shut(made: list[Handle], monkeypatch: pytest.MonkeyPatch) -> None:
+    models = ModelHandles("ingress-1")
+    assert [type(item) async for item in models.stream(ENTRY, REQUEST, 1)][-1] is Finish
+    await settled()
+    await models.sweep()
+    assert not made[0].shut
+    loop = asyncio.get_running_loop()
+    later = loop.time() + IDLE_HANDLE_S + 1
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "time", lambda: later)
+        await models.sweep()
+    await settled()
+    assert made[0].shut
