@@ -26,7 +26,7 @@ class Call:
     def __init__(self, request: GenerationRequest, endless: bool, gone: bool) -> None:
         self._frames = Outbox().carry(request.request_id, self._items(endless))
         self._gone = gone
-        self.cancelled = asyncio.Event()
+        self.cancelled = False
 
     async def _items(self, endless: bool) -> AsyncGenerator[Item, None]:
         yield Accepted(1)
@@ -36,21 +36,18 @@ class Call:
         yield Finish(FinishReason.STOP, Usage(1, 1))
 
     def cancel(self) -> None:
-        self.cancelled.set()
+        self.cancelled = True
 
     async def __aiter__(self) -> AsyncGenerator[bytes, None]:
         if self._gone:
-            raise DeploymentUnavailableError("it")  # type: ignore[arg-type]
-        cancelled = asyncio.create_task(self.cancelled.wait())
-        while True:
-            frame = asyncio.ensure_future(anext(self._frames, None))
-            await asyncio.wait({frame, cancelled}, return_when=asyncio.FIRST_COMPLETED)
-            if not frame.done():
-                frame.cancel()
-                raise RequestCancelledError("it")
-            if (got := frame.result()) is None:
-                return
-            yield pack(got)
+            raise DeploymentUnavailableError("it")
+        try:
+            async for frame in self._frames:
+                yield pack(frame)
+        except asyncio.CancelledError:
+            if self.cancelled:
+                raise RequestCancelledError("it") from None
+            raise
 
 
 class Handle:
