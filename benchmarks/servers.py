@@ -211,10 +211,11 @@ def transformers_serve(size: str, *, continuous: bool, threads: int) -> Iterator
     command = [_program("transformers", "transformers"), "serve", str(path), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--device", "cpu", "--log-level", "error"]
     # Its default takes most of the host's memory for the cache, which the other servers need as well.
-    command += ["--continuous-batching", "--cb-num-blocks", "512"] if continuous else []
+    blocks = 256 if size == "90M" else 512
+    command += ["--continuous-batching", "--cb-num-blocks", str(blocks)] if continuous else []
     url = f"http://127.0.0.1:{port}"
     name = f"transformers serve{' CB' if continuous else ''}"
-    mode = "continuous batching, 512 cache blocks" if continuous else "default mode"
+    mode = f"continuous batching, {blocks} cache blocks" if continuous else "default mode"
     with _process(command, _answers(f"{url}/health"), _threads(threads)) as process:
         yield Server(
             name, url, str(path), SURFACES["completions"], f"{mode}, float32, {threads} thread(s)",
