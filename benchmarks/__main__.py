@@ -50,6 +50,7 @@ SETS: dict[str, tuple[Step, ...]] = {
         Step("frames", (), 4),
         Step("int8", (), 4),
         Step("store_cost", (), 12),
+        Step("store_reply", (), 2),
         Step("tracing_cost", (), 6),
         Step("swap", (), 7),
         Step("batch_scaling", ("--sizes", "90M", "--budget", "60"), 12),

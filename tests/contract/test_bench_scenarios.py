@@ -148,6 +148,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[s
         ("cold", (), 7),
         ("gateway", ("--requests", "2"), 2),
         ("store_cost", ("--databases", "SQLite", "--tokens", "10"), 8),
+        ("store_reply", ("--replies", "16"), 4),
         ("soak", ("--minutes", "0.05"), 5),
     ],
 )
