@@ -125,22 +125,13 @@ def _most_connections() -> int:
 
 
 def _run(settings: Settings, file: ServeFile, arguments: argparse.Namespace, stop: threading.Event) -> int:
-    import ray
-
     started = time.monotonic()
     logger.info("Starting Ray …")
     try:
-        context = ray.init(
-            num_cpus=arguments.num_cpus,
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            dashboard_port=arguments.dashboard_port,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            object_store_memory=256 * 2**20,
-        )
+        address = _start_ray(arguments, stop)
+        if address is None:
+            return 0 if stop.is_set() else 1
         _catch_signals(stop)  # ray.init put its own handler in place
-        address = f"http://{context.dashboard_url}"
         problem = _unless_stopped(lambda: _start(address, arguments.config, stop), stop)
         if problem is not None:
             logger.error("%s", problem)
@@ -157,6 +148,29 @@ def _run(settings: Settings, file: ServeFile, arguments: argparse.Namespace, sto
         raise
     finally:
         _end_ray()
+
+
+def _start_ray(arguments: argparse.Namespace, stop: threading.Event) -> str | None:
+    """Start a cluster on this machine; where its dashboard is, or None when that failed, with the reason told."""
+    import ray
+
+    try:
+        context = ray.init(
+            num_cpus=arguments.num_cpus,
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            dashboard_port=arguments.dashboard_port,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            object_store_memory=256 * 2**20,
+        )
+    except Exception as error:  # the border to Ray
+        if not stop.is_set():
+            told = str(error).partition("\n")[0] or type(error).__name__
+            logger.error("Ray did not start: %s", told)
+            logger.error("Its logs are below /tmp/ray/session_latest/logs. A very busy machine may be too slow for it.")
+        return None
+    return f"http://{context.dashboard_url}"
 
 
 def _end_ray() -> None:

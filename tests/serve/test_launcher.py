@@ -46,6 +46,14 @@ def test_an_exposed_host_without_keys_is_refused(tmp_path: Path) -> None:
     assert "API_KEYS" in cluster.log
 
 
+def test_a_ray_that_does_not_start_is_told_in_plain_words(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path, [], num_cpus=-1)
+    assert cluster.launch().wait(60) == 1
+    assert "Ray did not start: Resource quantities must be nonnegative" in cluster.log
+    assert "Traceback" not in cluster.log
+    wait_until(lambda: not cluster.processes(), 15, what="every process to end")
+
+
 def test_make_serve_hands_the_exit_code_on(tmp_path: Path) -> None:
     venv = Path(sys.executable).parent.parent
     if not (venv / "installed").exists():
