@@ -46,6 +46,9 @@ from serve_app.telemetry.metrics import Metric
 logger = logging.getLogger(__name__)
 
 SCAN_S = 1.0
+SCAN_REST = 20
+"""After a look at the model store the router rests for so many times as long as that took: a store with hundreds of
+models must not keep a processor busy."""
 POLL_S = 2.0
 FIRST_LOOKS, FIRST_LOOK_S = 10, 0.5
 """How often, and with which pauses, a router that starts asks Serve what is declared, until it is answered."""
@@ -111,7 +114,7 @@ class Router(Desk):
         self.tracing.metrics.watch(self._figures)
         loop = asyncio.get_running_loop()
         self._tasks = [
-            loop.create_task(forever(self._look_at_store, SCAN_S)),
+            loop.create_task(forever(self._watch_store, SCAN_S)),
             loop.create_task(forever(self._look_at_serve, POLL_S)),
             loop.create_task(forever(self._remember, POLL_S)),
             loop.create_task(forever(self.look_at_processes, SAVE_S)),
@@ -258,6 +261,11 @@ class Router(Desk):
             self._enrolment.models()
             self._enrolled = True
         self._enrolment.remotes()
+
+    async def _watch_store(self) -> None:
+        began = time.monotonic()
+        await self._look_at_store()
+        await asyncio.sleep(max(0.0, SCAN_REST * (time.monotonic() - began) - SCAN_S))
 
     async def _look_at_store(self) -> None:
         await self._offer.look_at_store()
