@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -396,10 +396,11 @@ def test_300_models_cost_nothing_and_each_answers_on_first_use(wide: Cluster) ->
     controllers = [process for process in wide.processes() if "ServeController" in " ".join(process.cmdline())]
     assert routers and controllers
     time.sleep(3)
-    before = {process.pid: sum(process.cpu_times()[:2]) for process in (*routers, *controllers)}
-    time.sleep(10)
-    used = {process.pid: sum(process.cpu_times()[:2]) - before[process.pid] for process in (*routers, *controllers)}
-    assert max(used.values()) < 1.0, used  # seconds of processor time in ten
+    # One of three windows must do: a slow moment of the machine makes the same work cost more time.
+    windows: list[dict[int, float]] = []
+    while not windows or (len(windows) < 3 and max(windows[-1].values()) >= 1.0):
+        windows.append(_used((*routers, *controllers), 10))
+    assert max(windows[-1].values()) < 1.0, windows  # seconds of processor time in ten
     assert ask(wide, "What is 17 + 25?", "many/model-123").text == "17 + 25 = 42."
     assert ask(wide, "What is 17 + 25?", "many/model-299").text == "17 + 25 = 42."
     measured = {name: wide.model(name) for name in ("many/model-123", "many/model-299")}
@@ -412,6 +413,13 @@ def test_300_models_cost_nothing_and_each_answers_on_first_use(wide: Cluster) ->
     wait_until(
         lambda: not [name for name in serve_details(wide) if "many" in name], 60, what="their applications to go"
     )
+
+
+def _used(processes: Iterable[psutil.Process], seconds: float) -> dict[int, float]:
+    """Seconds of processor time that each process takes in the next ``seconds``."""
+    before = {process: sum(process.cpu_times()[:2]) for process in processes}
+    time.sleep(seconds)
+    return {process.pid: sum(process.cpu_times()[:2]) - spent for process, spent in before.items()}
 
 
 def test_a_model_grows_to_two_replicas_and_shrinks_again(wide: Cluster) -> None:
