@@ -22,28 +22,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from serve_app.domain.conversation import StoredMessage
 from serve_app.domain.stream_log import LogRow
+from serve_app.store.messages import new_message
 from serve_app.store.records import NewConversation, NewSession, Pulse, log_values, message_values, utc_now
 from serve_app.store.session_rows import IS_ACTIVE, OWNED, PULSE, saved_as, session
 from serve_app.store.tables import CleanText, conversations, messages, stream_events, stream_sessions
 
-CONVERSATION = (
-    "id",
-    "tab_name",
-    "llm_model",
-    "password_hash",
-    "system_prompt",
-    "is_private",
-    "created_at",
-    "updated_at",
-)
-MESSAGE = (
-    "id", "conversation_id", "text", "sender", "timestamp", "created_at", "has_images", "status", "model", "provider",
-)  # fmt: skip
-SESSION = (
-    "id", "conversation_id", "model", "provider", "status", "started_at", "updated_at", "created_at",
-    "partial_response", "token_count", "timeout_ms", "trace_id", "owner", "epoch", "wanted", "question_id",
-    "idempotency_key", "fingerprint", "has_log",
-)  # fmt: skip
 END = (
     "status", "partial_response", "token_count", "finish_reason", "termination_reason", "error_code", "error_message",
     "provider_stopped", "prompt_tokens", "completion_tokens", "cached_tokens", "queued_s", "load_s", "ttft_s",
@@ -83,10 +66,10 @@ def _logged(of: Any) -> Any:
 
 _BEGIN = (
     insert(stream_sessions)
-    .values(**_bound(stream_sessions, SESSION), owned_until_ms=OWNED)
+    .values(**_bound(stream_sessions, NewSession("", "", "", "", "").values(None)), owned_until_ms=OWNED)
     .add_cte(
-        insert(conversations).values(_bound(conversations, CONVERSATION)).cte("begun"),
-        insert(messages).values(**_bound(messages, MESSAGE), seq=1).cte("asked"),
+        insert(conversations).values(_bound(conversations, NewConversation("", "").values())).cte("begun"),
+        insert(messages).values(**_bound(messages, message_values(new_message("", "", "user"))), seq=1).cte("asked"),
     )
 )
 
@@ -170,8 +153,9 @@ async def finish(
 
     ``values``: of the columns :data:`END`; with a ``message_id`` when there is a reply to save.
     """
+    assert values.keys() == set(END), values.keys() ^ set(END)
     given = _given(stream_sessions, values) | {"session": id, "owners_epoch": epoch, "now": utc_now()}
-    given |= _log({id: rows}) | {"saved_as": saved_as(values["status"])}
+    given |= _log({id: rows}) | {"saved_as": saved_as(values["status"]).value}
     return (await connection.execute(_FINISH, given)).one_or_none()
 
 

@@ -49,25 +49,16 @@ def new_message(
 
 
 async def insert_message(
-    connection: AsyncConnection,
-    conversation_id: str,
-    text: str,
-    sender: Sender,
-    *,
-    id: str | None = None,
-    model: str | None = None,
-    provider: str | None = None,
-    status: MessageStatus = MessageStatus.COMPLETE,
-    images: Sequence[NewImage] = (),
+    connection: AsyncConnection, new: StoredMessage, images: Sequence[NewImage] = ()
 ) -> StoredMessage:
     """Add a message at the end of a conversation that this transaction has touched; InvalidInput for a taken id."""
-    stored = new_message(conversation_id, text, sender, id, model, provider, status)
+    row = message_values(new, bool(images)) | {"conversation": new.conversation_id}
     try:
-        await connection.execute(_INSERT, message_values(stored, bool(images)) | {"conversation": conversation_id})
+        await connection.execute(_INSERT, row)
     except IntegrityError as error:
         raise InvalidInput("A message with this id already exists.") from error
-    kept = await insert_images(connection, conversation_id, stored.id, images, stored.timestamp)
-    return replace(stored, images=kept) if kept else stored
+    kept = await insert_images(connection, new.conversation_id, new.id, images, new.timestamp)
+    return replace(new, images=kept) if kept else new
 
 
 class Messages:
@@ -94,17 +85,8 @@ class Messages:
         """
         async with self._db.write() as connection:
             await touch(connection, conversation_id, utc_now())
-            return await insert_message(
-                connection,
-                conversation_id,
-                text,
-                sender,
-                id=id,
-                model=model,
-                provider=provider,
-                status=status,
-                images=images,
-            )
+            new = new_message(conversation_id, text, sender, id, model, provider, status)
+            return await insert_message(connection, new, images)
 
     @whole
     async def get_message(self, id: str) -> StoredMessage:

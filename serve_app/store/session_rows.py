@@ -17,7 +17,7 @@ from serve_app.domain.events import Event, Failed, Numbered, Terminated
 from serve_app.domain.stream_log import TOKEN, Entry, LogRow, Origin, rows_of
 from serve_app.store.conversations import touch
 from serve_app.store.files import chunks
-from serve_app.store.messages import insert_message
+from serve_app.store.messages import insert_message, new_message
 from serve_app.store.records import NewSession, log_values, new_id, session_of, utc_now
 from serve_app.store.tables import ACTIVE, database_ms, stream_events, stream_sessions
 
@@ -75,9 +75,9 @@ class Written:
         return "".join(self.parts)
 
 
-def saved_as(status: str) -> str:
+def saved_as(status: str) -> MessageStatus:
     """The status of the message that a session leaves which ended so."""
-    return _SAVED_AS[SessionStatus(status)].value
+    return _SAVED_AS[SessionStatus(status)]
 
 
 def until(ttl_s: float) -> Any:
@@ -157,16 +157,9 @@ async def finish(
         return await row_of(connection, id)
     await append(connection, id, rows)
     if saved:
-        await insert_message(
-            connection,
-            row.conversation_id,
-            row.partial_response,
-            "llm",
-            id=row.message_id,
-            model=row.model,
-            provider=row.provider,
-            status=MessageStatus(saved_as(row.status)),
-        )
+        who, how = (row.model, row.provider), saved_as(row.status)
+        said = new_message(row.conversation_id, row.partial_response, "llm", row.message_id, *who, how)
+        await insert_message(connection, said)
     return row
 
 

@@ -69,7 +69,9 @@ class Sessions:
             else:
                 await _refuse_known(connection, new)
                 await insert_conversation(connection, conversation)
-            message = await insert_message(connection, new.conversation_id, text, "user", id=message_id, images=images)
+            message = await insert_message(
+                connection, new_message(new.conversation_id, text, "user", message_id), images
+            )
             return BegunReply(message, await insert_session(connection, new, message.id))
 
     @whole

@@ -14,7 +14,7 @@ from serve_app.domain.generation import Timing, Usage
 from serve_app.domain.stream_log import Entry, Origin, rows_of
 from serve_app.store import Cursor, NewImage, NewSession, Store
 from serve_app.store.conversations import touch
-from serve_app.store.messages import insert_message
+from serve_app.store.messages import insert_message, new_message
 from serve_app.store.records import AlreadyBegun, NewConversation, utc_now
 
 USAGE = Usage(10, 3, 2)
@@ -324,7 +324,7 @@ async def test_an_end_waits_for_a_message_that_is_being_added_and_comes_after_it
     await store.begin_reply(new_session, text="question")
     async with store._db.write() as connection:
         await touch(connection, new_session.conversation_id, utc_now())
-        await insert_message(connection, new_session.conversation_id, "in between", "user")
+        await insert_message(connection, new_message(new_session.conversation_id, "in between", "user"))
         ended = asyncio.create_task(
             store.finish_session(
                 new_session.id, status=SessionStatus.COMPLETED, text="answer", model="m", provider="p", epoch=1
