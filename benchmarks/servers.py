@@ -22,7 +22,8 @@ import psutil
 from benchmarks.machine import tree
 from benchmarks.models import ensure, model_id
 from benchmarks.surfaces import SURFACES, Surface
-from tests.cluster import Cluster, free_port, model_application
+from deployments.ports import free_port
+from tests.cluster import Cluster, model_application
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = ROOT / ".cache" / "benchmarks" / "peers"

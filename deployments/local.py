@@ -11,7 +11,6 @@ import logging
 import os
 import resource
 import signal
-import socket
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import psutil
 import yaml
 
+from deployments.ports import free_port
 from serve_app.config import Settings, check_exposure, load
 from serve_app.config.consistency import contradictions
 from serve_app.config.report import invalid
@@ -103,19 +103,16 @@ def _set_environment(dashboard_port: int) -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_SERVE_HAPROXY_MAXCONN", str(_most_connections()))
+    # HAProxy does not start when one of its own ports is taken.
+    os.environ.setdefault("RAY_SERVE_HAPROXY_STATS_PORT", str(free_port(8404)))
+    os.environ.setdefault("RAY_SERVE_HAPROXY_METRICS_PORT", str(free_port(9101)))
     # HAProxy sends what comes before it knows an ingress to a proxy on this port, which is bound with SO_REUSEPORT: of
     # two clusters on one machine, one would answer for the other.
-    os.environ.setdefault("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", str(_free_port()))
+    os.environ.setdefault("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", str(free_port()))
     os.environ.setdefault("RAY_DASHBOARD_ADDRESS", f"http://127.0.0.1:{dashboard_port}")
     home = str(Path.cwd())
     os.environ.setdefault("ROTUNDA_HOME", home)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _most_connections() -> int:

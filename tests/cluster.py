@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from typing import Any, TypeVar
 import httpx
 import psutil
 import yaml
+
+from deployments.ports import free_port
 
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "models" / "huggingface"
@@ -39,12 +40,6 @@ def wait_until(probe: Callable[[], Value], timeout_s: float = 30.0, every_s: flo
             return value
         assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what or probe} (last: {value!r})"
         time.sleep(every_s)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def model_application(name: str, **args: Any) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from typing import Any
 import httpx
 
 from benchmarks.peers import to_gguf
-from tests.cluster import MODELS, ROOT, free_port, wait_until
+from deployments.ports import free_port
+from tests.cluster import MODELS, ROOT, wait_until
 
 TINY_CHAT = MODELS / "rotunda" / "tiny-chat"
 CONTROL = 3  # gguf.TokenType

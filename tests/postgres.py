@@ -20,7 +20,7 @@ from typing import Any
 import asyncpg
 import psutil
 
-from tests.cluster import free_port
+from deployments.ports import free_port
 
 UNPRIVILEGED = "nobody"
 OPTIONS = (

@@ -1,0 +1,30 @@
+"""Ports that a process takes seconds after they were chosen."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from deployments import ports
+
+
+def test_no_port_is_given_twice_and_none_is_one_that_the_system_gives_away() -> None:
+    chosen = [ports.free_port() for _ in range(50)]
+    assert len(set(chosen)) == 50
+    limits = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    if not limits.exists():
+        pytest.skip("only Linux says which ports it gives to outgoing connections")
+    first, last = map(int, limits.read_text().split())
+    assert not [port for port in chosen if first <= port <= last]
+
+
+def test_a_taken_port_is_passed_over() -> None:
+    last = ports.free_port()
+    following = ports.FIRST + (last + 1 - ports.FIRST) % (ports.LAST + 1 - ports.FIRST)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", following))
+        assert ports.free_port() not in (last, following)
+        assert ports.free_port(following) != following
+    assert ports.free_port(following) == following
