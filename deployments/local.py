@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import resource
 import signal
 import sys
@@ -21,7 +22,7 @@ from typing import Any
 import psutil
 import yaml
 
-from deployments.ports import free_port
+from deployments.ports import free_port, is_free
 from serve_app.config import Settings, check_exposure, load
 from serve_app.config.consistency import contradictions
 from serve_app.config.report import invalid
@@ -56,6 +57,16 @@ ENVIRONMENT = {
 Throughput mode would hold a thousand log records back in memory, for the sake of the access log, which is off.
 """
 
+PORTS = {
+    "RAY_SERVE_HAPROXY_STATS_PORT": 8404,
+    "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": None,
+}
+"""Ports that a cluster needs beside its own two, and the usual ones. HAProxy does not start when one of its own is taken.
+The fallback proxy, which answers before HAProxy knows an ingress, binds with SO_REUSEPORT: of two clusters on one machine
+with the same port, one would answer for the other."""
+
+ERROR_LINE = re.compile(r"[\w.]+(Error|Exception): ")
 START_TIMEOUT_S = 180.0
 LEAVE_S = 2.0
 """How long Ray's processes may take to end after it did."""
@@ -73,7 +84,14 @@ def main() -> int:
     except InvalidConfig as error:
         logger.error("%s", error)
         return 2
-    _set_environment(arguments.dashboard_port)
+    if not is_free(file.port, file.host):
+        logger.error(
+            "Nothing can listen on %s:%d: another server does, or it is no address of this machine. "
+            "See http_options in %s.",
+            *(file.host, file.port, arguments.config),
+        )
+        return 2
+    _set_environment(file.port, arguments.dashboard_port)
     return _run(settings, file, arguments, stop)
 
 
@@ -99,16 +117,16 @@ def _settings(path: Path) -> tuple[Settings, ServeFile]:
     return loaded.settings, file
 
 
-def _set_environment(dashboard_port: int) -> None:
+def _set_environment(http_port: int, dashboard_port: int) -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_SERVE_HAPROXY_MAXCONN", str(_most_connections()))
-    # HAProxy does not start when one of its own ports is taken.
-    os.environ.setdefault("RAY_SERVE_HAPROXY_STATS_PORT", str(free_port(8404)))
-    os.environ.setdefault("RAY_SERVE_HAPROXY_METRICS_PORT", str(free_port(9101)))
-    # HAProxy sends what comes before it knows an ingress to a proxy on this port, which is bound with SO_REUSEPORT: of
-    # two clusters on one machine, one would answer for the other.
-    os.environ.setdefault("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", str(free_port()))
+    ours = {http_port, dashboard_port, *(int(os.environ[name]) for name in PORTS if name in os.environ)}
+    for name, usual in PORTS.items():
+        if name not in os.environ:
+            port = free_port(usual, avoid=ours)
+            os.environ[name] = str(port)
+            ours.add(port)
     os.environ.setdefault("RAY_DASHBOARD_ADDRESS", f"http://127.0.0.1:{dashboard_port}")
     home = str(Path.cwd())
     os.environ.setdefault("ROTUNDA_HOME", home)
@@ -215,8 +233,18 @@ def _start(address: str, config: Path, stop: threading.Event) -> str | None:
 
     logger.info("Starting Serve …")
     client = ServeSubmissionClient(address)
-    client.deploy_applications(yaml.safe_load(config.read_text()))
+    try:
+        client.deploy_applications(yaml.safe_load(config.read_text()))
+    except RuntimeError as error:  # what the dashboard answers holds the whole traceback of its process
+        return f"Serve did not start: {_last_error(str(error))}"
     return _wait_until_running(client, stop)
+
+
+def _last_error(told: str) -> str:
+    """The error at the end of a traceback, without the frames before it."""
+    lines = told.strip().splitlines()
+    last = max((number for number, line in enumerate(lines) if ERROR_LINE.match(line)), default=0)
+    return "\n".join(lines[last:])
 
 
 def _wait_until_running(client: Any, stop: threading.Event) -> str | None:

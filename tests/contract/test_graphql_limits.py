@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
-from graphql import parse
+from graphql import GraphQLError, parse, validate
 
 from serve_app.api.graphql import build_schema
 from serve_app.api.graphql.limits import (
@@ -119,3 +120,19 @@ async def test_a_document_at_the_limits_runs():
     rest = "__typename " * (MAX_SELECTIONS - MAX_ALIASES)
     result = await SCHEMA.execute(f"{{ {aliases} {rest} }}")
     assert result.errors is None
+
+
+async def test_the_rules_look_at_a_document_once(monkeypatch: pytest.MonkeyPatch):
+    looked = []
+
+    def counting(*given: Any) -> list[GraphQLError]:
+        looked.append(given)
+        return validate(*given)
+
+    monkeypatch.setattr("strawberry.schema.schema.validate", counting)
+    for query, refused in (("{ __typename } # seen before", 0), ("{ nothing } # seen before", 1)):
+        looked.clear()
+        first, second = [await SCHEMA.execute(query) for _ in range(2)]
+        assert len(looked) == 1
+        assert len(first.errors or ()) == len(second.errors or ()) == refused
+        assert first.errors is None or first.errors[0] is not (second.errors or ())[0]

@@ -28,3 +28,10 @@ def test_a_taken_port_is_passed_over() -> None:
         assert ports.free_port() not in (last, following)
         assert ports.free_port(following) != following
     assert ports.free_port(following) == following
+
+
+def test_a_port_that_another_will_bind_is_passed_over() -> None:
+    last = ports.free_port()
+    following = ports.FIRST + (last + 1 - ports.FIRST) % (ports.LAST + 1 - ports.FIRST)
+    assert ports.free_port(avoid={following}) not in (last, following)
+    assert ports.free_port(following, avoid={following}) != following

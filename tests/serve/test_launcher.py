@@ -46,6 +46,23 @@ def test_an_exposed_host_without_keys_is_refused(tmp_path: Path) -> None:
     assert "API_KEYS" in cluster.log
 
 
+def test_a_taken_port_is_told_before_anything_starts(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path, [])
+    with socket.create_server(("127.0.0.1", cluster.port)):
+        assert cluster.launch().wait(60) == 2
+    assert f"Nothing can listen on 127.0.0.1:{cluster.port}" in cluster.log
+    assert "Starting Ray" not in cluster.log and "Traceback" not in cluster.log
+
+
+def test_a_serve_that_does_not_start_is_told_in_plain_words(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path, [])
+    with socket.create_server(("127.0.0.1", int(cluster.environment["RAY_SERVE_HAPROXY_STATS_PORT"]))):
+        assert cluster.launch().wait(120) == 1
+    assert "Serve did not start: RuntimeError: HAProxy crashed during startup" in cluster.log
+    assert "Address already in use" in cluster.log and "Traceback" not in cluster.log
+    wait_until(lambda: not cluster.processes(), 15, what="every process to end")
+
+
 def test_a_ray_that_does_not_start_is_told_in_plain_words(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path, [], num_cpus=-1)
     assert cluster.launch().wait(60) == 1

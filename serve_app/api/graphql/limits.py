@@ -20,7 +20,7 @@ from graphql import (
     SelectionNode,
     SelectionSetNode,
 )
-from strawberry.extensions import SchemaExtension
+from strawberry.extensions import ValidationCache
 
 MAX_TOKENS = 1_000
 MAX_DEPTH = 12
@@ -110,8 +110,9 @@ class Measure:
         return replace(below, selections=below.selections + 1)
 
 
-class DocumentLimits(SchemaExtension):
-    """Refuses documents that are too large, before the standard validation."""
+class DocumentLimits(ValidationCache):
+    """Refuses documents that are too large, before the standard validation, which is then done once for each of the
+    last documents: clients send the same few again and again, and the rules take milliseconds."""
 
     def on_operation(self) -> Iterator[None]:
         self.execution_context.parse_options["max_tokens"] = MAX_TOKENS
@@ -120,7 +121,9 @@ class DocumentLimits(SchemaExtension):
     def on_validate(self) -> Iterator[None]:
         document = self.execution_context.graphql_document
         problems = Measure(document).whole().problems() if document else []
-        if problems:
+        if problems or not document:
             # Errors that are already there keep the schema from running its own rules.
-            self.execution_context.pre_execution_errors = [GraphQLError(problem) for problem in problems]
-        yield
+            self.execution_context.pre_execution_errors = [GraphQLError(problem) for problem in problems] or None
+            yield
+        else:
+            yield from super().on_validate()

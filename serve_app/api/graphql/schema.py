@@ -8,7 +8,7 @@ from typing import Any
 
 import strawberry
 from graphql import GraphQLError
-from strawberry.extensions import MaskErrors
+from strawberry.extensions import MaskErrors, ParserCache
 from strawberry.types import ExecutionContext
 
 from serve_app.api.graphql.context import Context
@@ -65,5 +65,5 @@ def build_schema() -> Schema:
         mutation=Mutation,
         subscription=Subscription,
         types=EVENT_TYPES,
-        extensions=[Outcome, DocumentLimits],
+        extensions=[Outcome, ParserCache, DocumentLimits],
     )
