@@ -27,8 +27,8 @@ def _program() -> str:
     return found
 
 
-def profile(processes: Iterable[psutil.Process], seconds: float) -> dict[str, dict[str, float]]:
-    """For each process, what share of its running time was spent below each function, the largest shares first.
+def profile(processes: Iterable[psutil.Process], seconds: float, top: int = TOP) -> dict[str, dict[str, float]]:
+    """For each process, what share of its running time was spent below each of ``top`` functions, the largest first.
 
     Functions of the event loop itself stand below everything and are left out. Blocks for ``seconds``.
     """
@@ -43,11 +43,11 @@ def profile(processes: Iterable[psutil.Process], seconds: float) -> dict[str, di
         found = {}
         for name, out, running in started:
             running.wait(seconds + 60)
-            found[name] = shares(out.read_text(encoding="utf-8")) if out.exists() else {}
+            found[name] = shares(out.read_text(encoding="utf-8"), top) if out.exists() else {}
         return found
 
 
-def shares(raw: str) -> dict[str, float]:
+def shares(raw: str, top: int = TOP) -> dict[str, float]:
     """Of py-spy's raw lines (``frame;frame;frame count``): the share of samples that had each function on the stack."""
     inclusive: Counter[str] = Counter()
     total = 0
@@ -58,7 +58,7 @@ def shares(raw: str) -> dict[str, float]:
             for function in {_function(frame) for frame in stack.split(";")}:
                 inclusive[function] += int(count)
     ranked = [(name, count / total) for name, count in inclusive.most_common() if not _loop(name)]
-    return dict(ranked[:TOP])
+    return dict(ranked[:top])
 
 
 def _function(frame: str) -> str:

@@ -9,6 +9,7 @@ Peers that are not installed are left out, and the result says so.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -19,6 +20,7 @@ from benchmarks.arrivals import Planned, Prompts, plan
 from benchmarks.client import Load
 from benchmarks.metrics import Sample, metrics
 from benchmarks.models import SIZES, ensure, model_id
+from benchmarks.profiling import lines, profile
 from benchmarks.protocol import Contender, Measured, Result, Row, Target, measure, parser, rounds_of
 from benchmarks.servers import PeerMissing, Server, llama_cpp, on, rotunda, transformers_serve
 from benchmarks.wire import now
@@ -103,6 +105,25 @@ def served(server: Server, streams: int, tokens: int, most_rounds: int | None = 
     return Contender(server.name, one_round, server.processes, lambda seed: one_round(seed, 16), most_rounds)
 
 
+def profiled(server: Server, streams: int, tokens: int, seconds: float = 15.0) -> dict[str, dict[str, float]]:
+    """Where the replicas' time goes while rounds of ``streams`` streams follow each other."""
+    contender, over = served(server, streams, tokens), threading.Event()
+
+    def ask() -> None:
+        seed = 0
+        while not over.is_set():
+            contender.measure(seed := seed + 1)
+
+    load = threading.Thread(target=ask)
+    load.start()
+    try:
+        models = [process for process in server.processes() if "ServeReplica:model-" in " ".join(process.cmdline())]
+        return profile(models, seconds, top=40)
+    finally:
+        over.set()
+        load.join()
+
+
 def bare(engine: BareEngine, streams: int, tokens: int) -> Contender:
     def one_round(seed: int, length: int = tokens) -> dict[str, float]:
         return figures(engine.load(requests("", streams, length, seed)), BARE, length)
@@ -172,6 +193,8 @@ def one_size(size: str, given: Any, result: Result) -> None:
             result.details[f"{size}/{streams}"] = {
                 name: list(map(dict, rounds)) for name, rounds in found.rounds.items()
             }
+            if given.profile:
+                print("\n".join(lines(profiled(ours, streams, tokens))))  # noqa: T201
             result.write()  # after each: a large model's rounds take minutes, and what there is should not be lost
 
 
@@ -186,6 +209,7 @@ def main() -> None:
     slow = "of transformers' default mode at 8 and 32 streams, which takes minutes (default: as the others)"
     arguments.add_argument("--slow-rounds", type=int, help=f"rounds {slow}")
     arguments.add_argument("--budget", type=float, help="seconds for each size and number of streams")
+    arguments.add_argument("--profile", action="store_true", help="also print where the replica's time goes (py-spy)")
     given = arguments.parse_args()
     # The largest model takes so long that its numbers of streams are measured one at a time, into files of their own.
     some = [] if given.streams == list(STREAMS) else [str(streams) for streams in given.streams]

@@ -8,13 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
-import sqlite3
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,115 +17,22 @@ import psutil
 import pytest
 
 from benchmarks.wire import Target
-from tests.chaos.checker import Kept, check
 from tests.chaos.load import Client, clients, load
-from tests.chaos.upstream import BadUpstream
-from tests.cluster import Cluster, model_application, wait_until
+from tests.chaos.scene import (
+    MODEL,
+    PACE,
+    RATE,
+    TOKENS,
+    assert_sound,
+    kill,
+    named,
+    normal,
+    replica,
+    running_load,
+)
+from tests.cluster import Cluster, wait_until
 
 pytestmark = [pytest.mark.chaos, pytest.mark.own_cluster, pytest.mark.timeout(600)]
-
-MODEL, SLOTS, PACE, TOKENS = "test/chaos", 8, 0.02, 100
-RATE = SLOTS / (PACE * TOKENS)
-"""Half of what two replicas can serve, in requests per second."""
-SETTLE_S = 90.0
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Iterator[BadUpstream]:
-    with BadUpstream() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def chaos(tmp_path_factory: pytest.TempPathFactory, upstream: BadUpstream) -> Iterator[Cluster]:
-    home = tmp_path_factory.mktemp("chaos")
-    args = {"provider": "bad", "kind": "openai", "base_url": upstream.url}
-    applications = [
-        model_application(
-            "model-chaos", model=MODEL, engine="scripted", min_replicas=2, max_replicas=2, max_concurrency=SLOTS,
-            max_queue=SLOTS, options={"pace": PACE, "tokens": 1_000_000},
-        ),
-        {"name": "upstream-bad", "route_prefix": None, "import_path": "deployments.upstream:build", "args": args},
-    ]  # fmt: skip
-    environment = {"DATABASE_URL": f"sqlite+aiosqlite:///{home / 'chaos.db'}"}
-    made = Cluster(home, applications, environment).start()
-    try:
-        wait_until(lambda: normal(made), SETTLE_S, 1.0, "the first replies")
-        yield made
-    finally:
-        made.stop()
-
-
-def database(cluster: Cluster) -> Path:
-    return cluster.home / "chaos.db"
-
-
-def replica(cluster: Cluster, deployment: str) -> psutil.Process:
-    """A running replica's process, by the title that Ray gives it."""
-    found = [process for process in cluster.processes() if f"ServeReplica:{deployment}" in " ".join(process.cmdline())]
-    assert found, f"no process of {deployment}"
-    return found[0]
-
-
-def named(cluster: Cluster, word: str) -> psutil.Process:
-    found = [process for process in cluster.processes() if word in " ".join(process.cmdline())]
-    assert found, f"no process with {word}"
-    return found[-1]
-
-
-def kill(process: psutil.Process) -> None:
-    os.kill(process.pid, signal.SIGKILL)
-
-
-def normal(cluster: Cluster) -> bool:
-    """Whether five requests in a row are answered whole."""
-    try:
-        body = {"model": MODEL, "prompt": "well?", "max_tokens": 3}
-        answers = [httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=10) for _ in range(5)]
-        return all(answer.status_code == 200 for answer in answers)
-    except httpx.HTTPError:
-        return False
-
-
-def running_load(cluster: Cluster, asking: list[Client], rate: float, fault: Callable[[], None], at_s: float) -> float:
-    """Run the load, do the fault after ``at_s`` seconds; the seconds from the fault until all was well."""
-    target = Target.of(cluster.url)
-    well: list[float] = []
-
-    def disturb() -> None:
-        time.sleep(at_s)
-        fault()
-        begun = time.monotonic()
-        while not normal(cluster):
-            time.sleep(0.1)
-        well.append(time.monotonic() - begun)
-
-    beside = threading.Thread(target=disturb)
-    beside.start()
-    asyncio.run(load(target, asking, rate))
-    beside.join(SETTLE_S)
-    assert well, f"not well {SETTLE_S:g} s after the fault"
-    return well[0]
-
-
-def assert_sound(cluster: Cluster, asking: list[Client]) -> None:
-    """Nothing runs any more, and no rule is broken."""
-    wait_until(lambda: not open_sessions(cluster), SETTLE_S, 0.5, "every session to end")
-    wait_until(lambda: idle(cluster), SETTLE_S, 0.5, "no lease or slot to be held")
-    found = check((client.told for client in asking), Kept.read(database(cluster)))
-    assert found == [], "\n".join(map(str, found[:20]))
-
-
-def open_sessions(cluster: Cluster) -> list[str]:
-    return [row[0] for row in Kept.read(database(cluster)).sessions if row[2] == "ACTIVE"]
-
-
-def idle(cluster: Cluster) -> bool:
-    try:
-        shown = cluster.model(MODEL)
-        return bool(shown["running"] == 0 and shown["waiting"] == 0 and shown["replicas"] == 2)
-    except httpx.HTTPError:
-        return False
 
 
 @dataclass(frozen=True)
@@ -183,18 +85,6 @@ def test_twice_as_much_as_fits_is_served_or_refused_and_nothing_is_lost(chaos: C
     assert_sound(chaos, asking)
     assert all(client.told.terminals or client.told.refused == "QUEUE_FULL" for client in asking)
     wait_until(lambda: normal(chaos), 10, what="all to be well")
-
-
-def test_a_locked_store_holds_replies_up_and_loses_none(chaos: Cluster) -> None:
-    def lock() -> None:
-        with sqlite3.connect(database(chaos), timeout=10, isolation_level=None) as rows:
-            rows.execute("BEGIN EXCLUSIVE")
-            time.sleep(3)
-            rows.execute("ROLLBACK")
-
-    asking = clients(30, MODEL, TOKENS, "lock")
-    running_load(chaos, asking, RATE, lock, at_s=2)
-    assert_sound(chaos, asking)
 
 
 @pytest.mark.parametrize("mode", ["drop", "lie", "garbage"])
