@@ -197,8 +197,13 @@ def instant(pace: float = 0.0) -> Iterator[Server]:
         yield Server("direct", url, "instant", SURFACES["chat"], "raw asyncio", lambda: tree(process.pid))
 
 
-def _program(peer: str, program: str) -> str:
-    path = ENVIRONMENTS / peer / "bin" / program
+def program(peer: str, name: str) -> str:
+    """Path of a peer's program.
+
+    Raises:
+        PeerMissing: its environment was not made.
+    """
+    path = ENVIRONMENTS / peer / "bin" / name
     if not path.exists():
         raise PeerMissing(f"{peer} is not installed: run benchmarks/peers/install.sh {peer}")
     return str(path)
@@ -209,7 +214,7 @@ def transformers_serve(size: str, *, continuous: bool, threads: int) -> Iterator
     """`transformers serve` of the same weights, in its default or its continuous-batching mode."""
     path = ensure([size]) / model_id(size)
     port = free_port()
-    command = [_program("transformers", "transformers"), "serve", str(path), "--host", "127.0.0.1", "--port", str(port)]
+    command = [program("transformers", "transformers"), "serve", str(path), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--device", "cpu", "--log-level", "error"]
     # Its default takes most of the host's memory for the cache, which the other servers need as well.
     blocks = 256 if size == "90M" else 512
@@ -227,13 +232,13 @@ def transformers_serve(size: str, *, continuous: bool, threads: int) -> Iterator
 @contextlib.contextmanager
 def llama_cpp(size: str, *, threads: int) -> Iterator[Server]:
     """llama.cpp's own server on an f32 GGUF of the same weights."""
-    program = _program("llama_cpp", "python")
+    python = program("llama_cpp", "python")
     gguf = ENVIRONMENTS / "llama_cpp" / f"{size}.gguf"
     path = ensure([size]) / model_id(size)
     if not gguf.exists():
-        subprocess.run([program, str(ROOT / "benchmarks/peers/to_gguf.py"), str(path), str(gguf)], check=True)
+        subprocess.run([python, str(ROOT / "benchmarks/peers/to_gguf.py"), str(path), str(gguf)], check=True)
     port = free_port()
-    command = [program, str(ROOT / "benchmarks/peers/llama_server.py"), str(gguf), "--port", str(port), "--name", size]
+    command = [python, str(ROOT / "benchmarks/peers/llama_server.py"), str(gguf), "--port", str(port), "--name", size]
     command += ["--threads", str(threads), "--slots", "32", "--context", "512"]
     url = f"http://127.0.0.1:{port}"
     with _process(command, _answers(f"{url}/v1/models"), _threads(threads)) as process:
@@ -251,7 +256,7 @@ def litellm(upstream: Server) -> Iterator[Server]:
         config = Path(folder) / "config.yaml"
         params = {"model": f"openai/{upstream.model}", "api_base": f"{upstream.url}/v1", "api_key": "unused"}
         config.write_text(json.dumps({"model_list": [{"model_name": upstream.model, "litellm_params": params}]}))
-        command = [_program("litellm", "litellm"), "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
+        command = [program("litellm", "litellm"), "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
         offline = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR", "LITELLM_TELEMETRY": "False"}
         # Neither side asks for a key, and both listen on loopback only.
         offline["LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY"] = "true"
