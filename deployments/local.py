@@ -62,9 +62,11 @@ PORTS = {
     "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": None,
 }
-"""Ports that a cluster needs beside its own two, and the usual ones. HAProxy does not start when one of its own is taken.
-The fallback proxy, which answers before HAProxy knows an ingress, binds with SO_REUSEPORT: of two clusters on one machine
-with the same port, one would answer for the other."""
+"""Ports that a cluster needs beside its own two, and the usual ones.
+
+HAProxy does not start when one of its own is taken. The fallback proxy, which answers before HAProxy knows an ingress,
+binds with SO_REUSEPORT: of two clusters on one machine with the same port, one would answer for the other.
+"""
 
 ERROR_LINE = re.compile(r"[\w.]+(Error|Exception): ")
 START_TIMEOUT_S = 180.0

@@ -1,9 +1,9 @@
 """One replica and two: what the second is worth where the cores do not decide.
 
 ``python -m benchmarks.scenarios.replicas``: the scripted engine with 16 slots in each replica and a token every 40 ms,
-so that a replica's capacity is known; as many streams as slots, several replies of differing lengths one after the other
-in each. (Replies of one length end together: then one request too many at a replica costs the whole of another reply's
-time, and the figure says how often that happened and not what the second replica is worth.)
+so that a replica's capacity is known; as many streams as slots, several replies of differing lengths one after the
+other in each. (Replies of one length end together: then one request too many at a replica costs the whole of another
+reply's time, and the figure says how often that happened and not what the second replica is worth.)
 """
 
 from __future__ import annotations
