@@ -63,7 +63,7 @@ bench-peers: $(VENV)/installed-bench  ## install the peers into environments of 
 	$(BIN)/python -m benchmarks peers
 
 bench-publish: $(VENV)/installed-bench  ## what docs/benchmarks.md shows, on an otherwise idle machine
-	PYTHON=$(abspath $(BIN)/python) benchmarks/peers/install.sh transformers litellm
+	PYTHON=$(abspath $(BIN)/python) benchmarks/peers/install.sh
 	$(BIN)/python -m benchmarks publish
 
 chaos: $(VENV)/installed-dev  ## faults during load, with the invariants checked (minutes)

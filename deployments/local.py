@@ -41,6 +41,8 @@ ENVIRONMENT = {
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "600",
     # Serve's own default is 5, three times: on a busy machine it then kills a proxy that is only slow to start.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
+    # Three failed looks make a proxy dead. Serve's own default is 10: half a minute in which nobody is answered.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
     "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": "20000",
     "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": "29999",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "67108864",

@@ -50,7 +50,7 @@ def referee(server: Server, requests: int, tokenizer: Path, guidellm: str) -> Co
         with tempfile.TemporaryDirectory() as folder:
             return _figures(_run(guidellm, server, planned(server, requests, seed), tokenizer, Path(folder)))
 
-    return Contender(THEIRS, one_round, server.processes)
+    return Contender(THEIRS, one_round, server.processes, changing=True)
 
 
 def _run(guidellm: str, server: Server, asked: Sequence[Planned], tokenizer: Path, folder: Path) -> dict[str, Any]:

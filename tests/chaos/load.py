@@ -35,6 +35,7 @@ class Client:
     slow_s: float = 0.0
     told: Told = field(init=False)
     failed_before_first_byte: int = 0
+    meant: bool = False
     begun: float = 0.0
     ended: float = 0.0
 
@@ -51,7 +52,7 @@ class Client:
             self._take(result)
             if self.told.gave_up or self.told.terminals or now() - self.begun > PATIENCE_S:
                 break
-            if self.told.refused and result.status < 500 and result.status != 429:
+            if self.told.refused and self.meant:
                 break
             await asyncio.sleep(0.2)
         self.ended = now()
@@ -77,8 +78,10 @@ class Client:
         body = b"".join(data for _, data in result.pieces).partition(b"\r\n\r\n")[2]
         try:
             self.told.refused = json.loads(body)["error"]["code"]
+            self.meant = result.status < 500 and result.status != 429
         except (ValueError, KeyError, TypeError):
-            self.told.refused = result.error or f"HTTP {result.status}"
+            # No answer of the server's: nobody listens while a proxy is replaced, and a new one knows no path at first.
+            self.told.refused, self.meant = result.error or f"HTTP {result.status}", False
 
 
 def _complete(result: Exchange) -> list[Seen]:

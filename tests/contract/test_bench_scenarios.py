@@ -120,7 +120,11 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[s
         assert isinstance(server.cluster, Standing)
         return server.cluster.counted(figure, model)
 
+    def program(peer: str, name: str) -> str:
+        raise PeerMissing("it is not installed")
+
     doubles = {"rotunda": rotunda, "plain_serve": plain_serve, "litellm": missing, "counted": counted}
+    doubles["program"] = program
 
     def main(name: str, *words: str) -> dict[str, Any]:
         module = importlib.import_module(f"benchmarks.scenarios.{name}")
@@ -167,5 +171,8 @@ def test_a_scenario_runs_to_its_end(
     assert [row["what"] for row in counts if row["value"]["median"] > 0] == []
 
 
-def test_a_peer_that_is_not_installed_is_named_in_the_result(run: Callable[..., dict[str, Any]]) -> None:
-    assert "it is not installed" in run("gateway", "--requests", "2")["problems"]
+@pytest.mark.parametrize(("name", "words"), [("gateway", ("--requests", "2")), ("referee", ())])
+def test_a_peer_that_is_not_installed_is_named_in_the_result(
+    run: Callable[..., dict[str, Any]], name: str, words: tuple[str, ...]
+) -> None:
+    assert "it is not installed" in run(name, *words)["problems"]
