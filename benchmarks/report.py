@@ -34,6 +34,8 @@ ORDER = (
     "replicas",
     "overload",
 )
+HEADLINES = {"engine_": ": tokens/s against transformers serve CB"}
+"""What the README says of these scenarios, at their largest load; of others, their first ratio with a target."""
 SIGNS = {"at_least": "≥", "at_most": "≤"}
 
 Found = Mapping[str, Any]
@@ -139,11 +141,11 @@ def number(value: float) -> str:
 
 
 def headline(results: Sequence[Found]) -> str:
-    """The README's part: one plot, and one line for each published result: its first ratio with a target."""
+    """The README's part: one plot, and one line for each published result."""
     good = [result for result in results if result["publishable"]]
     lines = []
     for result in good:
-        row = next((row for row in result["rows"] if row["target"] and row["sides"]), None)
+        row = _headline(result)
         if row is not None:
             value = row["value"]
             told = f"{number(value['median'])} [{number(value['low'])}, {number(value['high'])}]"
@@ -153,6 +155,14 @@ def headline(results: Sequence[Found]) -> str:
     engines = [result["scenario"] for result in good if fnmatch(result["scenario"], "engine_*M")]
     plot = [f"![Tokens per second against streams](docs/plots/{engines[-1]}.throughput.svg)", ""] if engines else []
     return "\n".join([*plot, "| | | ratio [95 % interval] | target |", "|---|---|---|---|", *lines, ""])
+
+
+def _headline(result: Found) -> Found | None:
+    rows = [row for row in result["rows"] if row["target"] and row["sides"]]
+    for start, phrase in HEADLINES.items():
+        if result["scenario"].startswith(start):
+            rows = [row for row in reversed(rows) if phrase in row["what"]] or rows
+    return rows[0] if rows else None
 
 
 def pages(results: Sequence[Found]) -> Mapping[Path, str]:
