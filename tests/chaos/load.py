@@ -26,6 +26,8 @@ class Client:
         tokens: length of the scripted reply.
         leave_after_s: go away after so long and never come back.
         slow_s: pause after each piece that was read.
+
+    ``meant``: the last refusal was the server's own word, and asking again would not help.
     """
 
     marker: str

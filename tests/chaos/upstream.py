@@ -16,6 +16,7 @@ class BadUpstream:
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._over = asyncio.Event()
         self.url = ""
 
     def __enter__(self) -> BadUpstream:
@@ -25,11 +26,18 @@ class BadUpstream:
         return self
 
     def __exit__(self, *_: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
+        self._loop.close()
 
     async def _listen(self) -> asyncio.Server:
         return await asyncio.start_server(self._serve, "127.0.0.1", 0)
+
+    async def _end(self) -> None:
+        """Let those go that hang, and wait for them."""
+        self._over.set()
+        await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
@@ -54,7 +62,7 @@ class BadUpstream:
         for n in range(3):
             await self._event(writer, {"choices": [{"index": 0, "delta": {"content": f" word{n}" if n else "word0"}}]})
         if "hang" in mode:
-            await asyncio.sleep(3600)
+            await self._over.wait()
         if "drop" in mode:
             writer.transport.abort()
             return
