@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.scenarios.frames`` runs 8 and 64 streams of the scripted engine (a token every 10 ms) from two
 models of one cluster that differ in ``frames`` alone, and reports the CPU per token of all server processes and the
-gaps between tokens. Then the same beside a client that does not read.
+gaps between tokens. Then the same beside a client that does not read: once its reply has the pace of the others', as a
+model gives it, and once a million tokens are due at once.
 """
 
 from __future__ import annotations
@@ -20,16 +21,20 @@ from benchmarks.servers import Server, rotunda
 
 FRAMED, APART = "frames", "a message for each stream"
 MODELS = {FRAMED: "bench/framed", APART: "bench/apart"}
-IDLE = "beside a client that does not read"
-IDLE_TOKENS = 1_000_000
+UNREAD = {
+    "beside a client that does not read": PACE,
+    "beside a client that does not read, its reply due at once": 0.0,
+}
+"""The seconds between two tokens of the reply that is not read."""
+UNREAD_TOKENS = 1_000_000
 
 
 @contextlib.contextmanager
-def idle_client(server: Server) -> Iterator[None]:
-    """Asks for a reply of a million tokens, all due at once, and reads nothing of it."""
+def idle_client(server: Server, pace: float) -> Iterator[None]:
+    """Asks for a reply of a million tokens at this pace, and reads nothing of it."""
     where = urlsplit(server.url)
-    message = {"role": "user", "content": f"[[tokens={IDLE_TOKENS} pace=0]]"}
-    body = json.dumps({"model": server.model, "messages": [message], "stream": True, "max_tokens": IDLE_TOKENS})
+    message = {"role": "user", "content": f"[[tokens={UNREAD_TOKENS} pace={pace:g}]]"}
+    body = json.dumps({"model": server.model, "messages": [message], "stream": True, "max_tokens": UNREAD_TOKENS})
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Type: application/json\r\n"
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -40,14 +45,15 @@ def idle_client(server: Server) -> Iterator[None]:
         yield
 
 
-def beside_idle(server: Server, streams: int, tokens: int) -> Contender:
+def beside(server: Server, streams: int, tokens: int, which: str) -> Contender:
+    """The streams beside one client of ``UNREAD``."""
     inner = contender(server, streams, tokens)
 
     def one_round(seed: int) -> Mapping[str, float]:
-        with idle_client(server):
+        with idle_client(server, UNREAD[which]):
             return inner.measure(seed)
 
-    return replace(inner, name=f"{server.name} {IDLE}", measure=one_round)
+    return replace(inner, name=f"{server.name} {which}", measure=one_round)
 
 
 def rows(found: Measured, streams: int) -> list[Row]:
@@ -57,13 +63,14 @@ def rows(found: Measured, streams: int) -> list[Row]:
     return [cpu, gap]
 
 
-def idle_rows(found: Measured, streams: int) -> list[Row]:
+def unread_rows(found: Measured, streams: int) -> list[Row]:
     return [
         found.ratio(
-            f"{streams} streams, {name}: p99 gap {IDLE} against without", f"{name} {IDLE}", name, "gap_p99_ms", "ms",
+            f"{streams} streams, {name}: p99 gap {which} against without", f"{name} {which}", name, "gap_p99_ms", "ms",
             Target(at_most=2.0),
         )
         for name in MODELS
+        for which in UNREAD
     ]  # fmt: skip
 
 
@@ -84,10 +91,11 @@ def main() -> None:
             result.add(found, *rows(found, streams))
             result.details[f"{streams}"] = found.rounds
         few = counts[0]
-        contenders = [make(one, few, tokens) for one in servers for make in (contender, beside_idle)]
-        found = measure(contenders, rounds_of(given), given.seed, f"{few} streams, one idle:")
-        result.add(found, *idle_rows(found, few))
-        result.details[f"{few}, one idle"] = found.rounds
+        contenders = [contender(one, few, tokens) for one in servers]
+        contenders += [beside(one, few, tokens, which) for one in servers for which in UNREAD]
+        found = measure(contenders, rounds_of(given), given.seed, f"{few} streams, one unread:")
+        result.add(found, *unread_rows(found, few))
+        result.details[f"{few}, one unread"] = found.rounds
     result.write()
 
 

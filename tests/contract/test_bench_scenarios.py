@@ -148,7 +148,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[s
         ("replicas", (), 2),
         ("overload", (), 6),
         ("long_streams", ("--streams", "5"), 5),
-        ("frames", ("--tokens", "12"), 4),
+        ("frames", ("--tokens", "12"), 6),
         ("cold", (), 7),
         ("gateway", ("--requests", "2"), 2),
         ("store_cost", ("--databases", "SQLite", "--tokens", "10"), 8),
