@@ -47,6 +47,17 @@ class Run:
     def metrics(self, slo: dict[str, float] | None = None) -> dict[str, Any]:
         return metrics(self.samples, self.duration, slo)
 
+    def whole(self, name: str) -> dict[str, Any]:
+        """The metrics of a run in which nothing may fail; ``name`` says whose it was.
+
+        Raises:
+            RuntimeError: a request failed.
+        """
+        found = self.metrics()
+        if found["failed"]:
+            raise RuntimeError(f"{name}: {found['errors']}")
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class Load:

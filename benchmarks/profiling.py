@@ -10,8 +10,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import psutil
@@ -45,6 +46,25 @@ def profile(processes: Iterable[psutil.Process], seconds: float, top: int = TOP)
             running.wait(seconds + 60)
             found[name] = shares(out.read_text(encoding="utf-8"), top) if out.exists() else {}
         return found
+
+
+def profile_under(
+    load: Callable[[], object], processes: Callable[[], Iterable[psutil.Process]], seconds: float, top: int = TOP
+) -> dict[str, dict[str, float]]:
+    """:func:`profile` while ``load`` is run in a thread, again and again."""
+    over = threading.Event()
+
+    def repeat() -> None:
+        while not over.is_set():
+            load()
+
+    beside = threading.Thread(target=repeat)
+    beside.start()
+    try:
+        return profile(processes(), seconds, top)
+    finally:
+        over.set()
+        beside.join()
 
 
 def shares(raw: str, top: int = TOP) -> dict[str, float]:

@@ -9,18 +9,20 @@ Peers that are not installed are left out, and the result says so.
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import psutil
 
 from benchmarks.arrivals import Planned, Prompts, plan
 from benchmarks.client import Load
 from benchmarks.metrics import Sample, metrics
 from benchmarks.models import SIZES, ensure, model_id
-from benchmarks.profiling import lines, profile
+from benchmarks.profiling import lines, profile_under
 from benchmarks.protocol import Contender, Measured, Result, Row, Target, measure, parser, rounds_of
 from benchmarks.servers import PeerMissing, Server, llama_cpp, on, rotunda, transformers_serve
 from benchmarks.wire import now
@@ -106,22 +108,13 @@ def served(server: Server, streams: int, tokens: int, most_rounds: int | None = 
 
 
 def profiled(server: Server, streams: int, tokens: int, seconds: float = 15.0) -> dict[str, dict[str, float]]:
-    """Where the replicas' time goes while rounds of ``streams`` streams follow each other."""
-    contender, over = served(server, streams, tokens), threading.Event()
+    """Where the replica's time goes while rounds of ``streams`` streams follow each other."""
+    contender, seeds = served(server, streams, tokens), count()
 
-    def ask() -> None:
-        seed = 0
-        while not over.is_set():
-            contender.measure(seed := seed + 1)
+    def replicas() -> list[psutil.Process]:
+        return [process for process in server.processes() if "ServeReplica:model-" in " ".join(process.cmdline())]
 
-    load = threading.Thread(target=ask)
-    load.start()
-    try:
-        models = [process for process in server.processes() if "ServeReplica:model-" in " ".join(process.cmdline())]
-        return profile(models, seconds, top=40)
-    finally:
-        over.set()
-        load.join()
+    return profile_under(lambda: contender.measure(next(seeds)), replicas, seconds, top=40)
 
 
 def bare(engine: BareEngine, streams: int, tokens: int) -> Contender:

@@ -25,9 +25,7 @@ def contender(server: Server, requests: int, streams: int) -> Contender:
         planned = [Planned(0.0, server.model, f"hello {seed}", TOKENS) for _ in range(requests)]
         with CpuMeter(server.processes) as meter:
             run = asyncio.run(Load(server.url, server.surface, concurrency=streams).run(planned))
-        found = run.metrics()
-        if found["failed"]:
-            raise RuntimeError(f"{server.name}: {found['errors']}")
+        found = run.whole(server.name)
         return {
             "ttft_p50_ms": found["median_ttft_ms"],
             "e2el_p50_ms": found["median_e2el_ms"],

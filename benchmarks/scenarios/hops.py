@@ -63,7 +63,7 @@ def through(server: Server, requests: int, streams: int) -> Contender:
     def one_round(seed: int) -> dict[str, float]:
         short = [Planned(0.0, server.model, f"hello {seed}", 4) for _ in range(requests)]
         load = Load(server.url, server.surface, concurrency=streams)
-        quick = _whole(server, asyncio.run(load.run(short)).metrics())
+        quick = asyncio.run(load.run(short)).whole(server.name)
         long = asyncio.run(load.run([Planned(0.0, server.model, "a long one", LONG)])).samples[0]
         assert long.ok, long.error
         return {
@@ -72,12 +72,6 @@ def through(server: Server, requests: int, streams: int) -> Contender:
         }
 
     return Contender(server.name, one_round, server.processes)
-
-
-def _whole(server: Server, found: dict[str, float]) -> dict[str, float]:
-    if found["failed"]:
-        raise RuntimeError(f"{server.name}: {found['errors']}")
-    return found
 
 
 def added(what: str, ours: Sequence[float], base: Sequence[float], unit: str, target: Target) -> Row:

@@ -8,17 +8,17 @@ token of all processes but the client.
 from __future__ import annotations
 
 import asyncio
-import threading
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
+
+import psutil
 
 from benchmarks.arrivals import Planned
 from benchmarks.client import Load
 from benchmarks.machine import CpuMeter
 from benchmarks.metrics import Sample, concurrent_rate
-from benchmarks.profiling import profile
+from benchmarks.profiling import profile_under
 from benchmarks.protocol import Contender, Measured, Result, Row, Target, measure, parser, rounds_of
 from benchmarks.servers import Server, on, plain_serve, rotunda
 from benchmarks.stats import percentile
@@ -46,9 +46,7 @@ def contender(server: Server, streams: int, tokens: int, pace: float = PACE, ove
         ]
         with CpuMeter(server.processes) as meter:
             run = asyncio.run(Load(server.url, server.surface, concurrency=streams).run(planned))
-        found = run.metrics()
-        if found["failed"]:
-            raise RuntimeError(f"{server.name}: {found['errors']}")
+        found = run.whole(server.name)
         gaps = [gap for sample in run.samples for gap in sample.gaps]
         return {
             "share": offered_share(run.samples, tokens, pace),
@@ -82,14 +80,12 @@ def rate_kept(result: Result, found: Measured, at: str, target: Target) -> list[
 
 def profiled(server: Server, streams: int, seconds: float = 8.0) -> dict[str, dict[str, float]]:
     """Where the replicas' time goes while ``streams`` streams run."""
-    tokens = round((seconds + 4) / PACE)
-    load = threading.Thread(target=contender(server, streams, tokens).measure, args=(0,))
-    load.start()
-    time.sleep(1)
-    replicas = [process for process in server.processes() if "ServeReplica" in " ".join(process.cmdline())]
-    found = profile(replicas, seconds)
-    load.join()
-    return found
+    load = contender(server, streams, round((seconds + 4) / PACE))
+
+    def replicas() -> list[psutil.Process]:
+        return [process for process in server.processes() if "ServeReplica" in " ".join(process.cmdline())]
+
+    return profile_under(lambda: load.measure(0), replicas, seconds)
 
 
 def main() -> None:

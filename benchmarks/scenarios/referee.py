@@ -32,9 +32,7 @@ def planned(server: Server, requests: int, seed: int) -> list[Planned]:
 def own(server: Server, requests: int) -> Contender:
     def one_round(seed: int) -> dict[str, float]:
         run = asyncio.run(Load(server.url, server.surface, concurrency=STREAMS).run(planned(server, requests, seed)))
-        found = run.metrics()
-        if found["failed"]:
-            raise RuntimeError(f"{OURS}: {found['errors']}")
+        found = run.whole(OURS)
         return {
             "ttft_p50_ms": found["median_ttft_ms"],
             "itl_p50_ms": found["median_itl_ms"],

@@ -33,9 +33,7 @@ def contender(server: Server, replicas: int, tokens: int, turns: int) -> Contend
             for index in range(streams * turns)
         ]
         run = asyncio.run(Load(server.url, server.surface, concurrency=streams).run(planned))
-        found = run.metrics()
-        if found["failed"]:
-            raise RuntimeError(f"{server.name}: {found['errors']}")
+        found = run.whole(server.name)
         return {"tokens_per_s": found["output_throughput"], "ttft_p50_ms": found["median_ttft_ms"]}
 
     return Contender(server.name, one_round, server.processes)

@@ -10,6 +10,12 @@ import pytest
 from deployments import ports
 
 
+def neighbours() -> tuple[int, int]:
+    """A port that was given, and the one whose turn is next."""
+    last = ports.free_port()
+    return last, ports.FIRST + (last + 1 - ports.FIRST) % (ports.LAST + 1 - ports.FIRST)
+
+
 def test_no_port_is_given_twice_and_none_is_one_that_the_system_gives_away() -> None:
     chosen = [ports.free_port() for _ in range(50)]
     assert len(set(chosen)) == 50
@@ -21,8 +27,7 @@ def test_no_port_is_given_twice_and_none_is_one_that_the_system_gives_away() -> 
 
 
 def test_a_taken_port_is_passed_over() -> None:
-    last = ports.free_port()
-    following = ports.FIRST + (last + 1 - ports.FIRST) % (ports.LAST + 1 - ports.FIRST)
+    last, following = neighbours()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", following))
         assert ports.free_port() not in (last, following)
@@ -31,7 +36,6 @@ def test_a_taken_port_is_passed_over() -> None:
 
 
 def test_a_port_that_another_will_bind_is_passed_over() -> None:
-    last = ports.free_port()
-    following = ports.FIRST + (last + 1 - ports.FIRST) % (ports.LAST + 1 - ports.FIRST)
+    last, following = neighbours()
     assert ports.free_port(avoid={following}) not in (last, following)
     assert ports.free_port(following, avoid={following}) != following
