@@ -23,6 +23,7 @@ from serve_app.domain.rotation_effects import (
 from serve_app.domain.rotation_events import (
     Acknowledged,
     CapacityChanged,
+    Claimed,
     Event,
     Gone,
     Heartbeat,
@@ -122,10 +123,13 @@ class Simulation:
             if index == warm_up:
                 outcome.loads, outcome.bytes_moved, outcome.loading_s, outcome.start = 0, 0, 0.0, arrival.at
             self.arrived = index
-            request = Request(str(index), (arrival.model,), HOLDER, caller=arrival.caller)
-            self._handle(request, arrival.at, outcome)
+            self._handle(self._request(index), arrival.at, outcome)
         self._until(float("inf"), outcome)
         return outcome
+
+    def _request(self, index: int) -> Request:
+        arrival = self._arrivals[index]
+        return Request(str(index), (arrival.model,), HOLDER, caller=arrival.caller, asked_at=arrival.at)
 
     def _until(self, end: float, outcome: Outcome) -> None:
         """Let everything happen that is due before ``end``."""
@@ -145,6 +149,8 @@ class Simulation:
         outcome.end = max(outcome.end, now)
         for effect in self.rotation.handle(event, now):
             match effect:
+                case Grant(lease=None):
+                    self._handle(Claimed(self._request(int(effect.ticket)), effect.model, effect.reason), now, outcome)
                 case Grant():
                     self._granted(effect, now, outcome)
                 case Refuse():

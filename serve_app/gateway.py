@@ -20,7 +20,15 @@ from serve_app.domain.backoff import Backoff
 from serve_app.domain.breaker import Breakers, Circuit
 from serve_app.domain.catalog import Entry
 from serve_app.domain.embeddings import EmbeddingRequest, Embeddings
-from serve_app.domain.errors import DeadlineExceeded, Phase, ProviderError, ReplicaRetired, RotundaError
+from serve_app.domain.errors import (
+    DeadlineExceeded,
+    Phase,
+    ProviderError,
+    QueueFull,
+    ReplicaRetired,
+    RotundaError,
+    error_from_dict,
+)
 from serve_app.domain.events import Loading, Queued, Switched
 from serve_app.domain.fleet import FleetView
 from serve_app.domain.generation import Accepted, Delta, Finish, GenerationRequest, Item, Timing
@@ -37,6 +45,9 @@ logger = logging.getLogger(__name__)
 
 RETIRED_S = 0.1
 """Pause after a replica said that it is leaving: the router may not have heard of it yet."""
+FULL_S = 0.2
+"""A model whose line was full is taken for full until a request that this gateway sent there ends, and no longer than
+this: other gateways fill and empty the line too."""
 MOST_RETIREMENTS = 20
 """So often a request may meet a model that is leaving; more of that is a fault."""
 
@@ -146,11 +157,23 @@ class Gateway:
         self._clock = clock
         self._grants: dict[tuple[Any, ...], tuple[int, Granted]] = {}
         """What was granted for which question, and of which catalogue; good as long as there is a lease on it."""
+        self._full: dict[str, tuple[float, QueueFull]] = {}
+        """Models whose line is full: until when that is believed, and how the model said it."""
 
     async def admit(self, ask: Ask, trail: Trail | None = None) -> Admission:
-        """The router's answer; without a call when there is a live lease. Raises what makes the request impossible."""
+        """The router's answer; without a call when there is a live lease. Raises what makes the request impossible,
+        and what the only model for it would answer for want of room."""
         with (trail or Trail.quiet()).phase("gateway.admit"):
-            return await self._admit(ask)
+            admission = await self._admit(ask)
+            if isinstance(admission, Granted) and len(admission.route.candidates) == 1:
+                self._check_room(admission.route.first.entry)
+            return admission
+
+    def _check_room(self, entry: Entry) -> None:
+        """Refuse what the model would refuse, while it is cheap: nothing is stored yet, and nobody is called."""
+        until, refusal = self._full.get(entry.full_name, (0.0, None))
+        if refusal is not None and self._clock() < until and self.leases.running(entry.full_name):
+            raise error_from_dict(refusal.to_dict())
 
     async def _admit(self, ask: Ask) -> Admission:
         key = (ask.model, ask.needs, ask.fallbacks)
@@ -320,6 +343,7 @@ class Gateway:
                         async for step in steps:
                             yield step
                     self._breakers.succeeded(candidate.entry)
+                    self._full.pop(candidate.entry.full_name, None)
                     return
                 except RotundaError as error:
                     left += isinstance(error, ReplicaRetired)
@@ -331,6 +355,7 @@ class Gateway:
                         raise failure from None
                 except (asyncio.CancelledError, GeneratorExit):
                     self._breakers.released(candidate.entry)
+                    self._full.pop(candidate.entry.full_name, None)
                     raise
                 logger.warning("attempt %d on %s failed: %s", len(transcript.parts), candidate.name, unquoted(failure))
                 switch = switch if news else None  # what is left there was not told
@@ -363,9 +388,13 @@ class Gateway:
 
     def _failed(self, candidate: Candidate, error: RotundaError, failures: int, since: float | None) -> float | None:
         """Record a failed attempt; the seconds until the next one on the same candidate, None for no more."""
-        self.leases.drop(candidate.entry.full_name)
         error.provider = error.provider or candidate.entry.provider
-        now = self._clock()
+        now, name = self._clock(), candidate.entry.full_name
+        if not isinstance(error, QueueFull):
+            self.leases.drop(name)
+            self._full.pop(name, None)
+        elif now >= self._full.get(name, (0.0, None))[0]:
+            self._full[name] = now + FULL_S, error
         # The tries of one request are one failure, and a router that is away is nobody's.
         if failures == 1 and not isinstance(error, RouterAway):
             self._breakers.failed(candidate.entry, error, now, since)
@@ -383,6 +412,7 @@ class Gateway:
 
     async def _stream(self, candidate: Candidate, transcript: Transcript, record: Record) -> AsyncGenerator[Step, None]:
         """Stream one candidate's items, each within its time, and record when they came."""
+        self._check_room(candidate.entry)
         request = transcript.attempt(candidate.entry)
         if not candidate.resident:
             yield Loading(candidate.name)

@@ -152,6 +152,10 @@ class Leases:
             if not self._running[model]:
                 del self._running[model]
 
+    def running(self, model: str) -> int:
+        """How many calls of this gateway run."""
+        return self._running[model]
+
     async def keep(self) -> None:
         """Talk with the router for as long as this gateway lives; cancel it to end."""
         while True:

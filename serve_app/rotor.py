@@ -16,7 +16,7 @@ from itertools import islice
 from serve_app.domain.leasing import Orders, Report
 from serve_app.domain.rotation import Rotation
 from serve_app.domain.rotation_effects import Effect, Extend, Grant, Notify, Refuse, Revoke
-from serve_app.domain.rotation_events import Acknowledged, Cancel, Event, LeaseRenewed, Request, Tick
+from serve_app.domain.rotation_events import Acknowledged, Cancel, Claimed, Event, LeaseRenewed, Request, Tick
 from serve_app.domain.routing import Lease
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,11 @@ class Rotor:
         """The answer to a request, or what there is to say while it waits."""
         known = self._tickets.setdefault(request.ticket, _Ticket(request, 0.0))
         known.request, known.asked_after_at = request, self._clock()
-        if known.answer is None:
+        grant = known.answer
+        if isinstance(grant, Grant) and request.lease:
+            known.answer = None  # it was granted while nobody asked, and may have lost its model since
+            self.tell(Claimed(request, grant.model, grant.reason))
+        elif grant is None:
             self.tell(request)
         if known.answer is not None:
             del self._tickets[request.ticket]

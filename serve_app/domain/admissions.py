@@ -13,7 +13,7 @@ from serve_app.domain.planning import eta_s, obstacle, overdrawn, room_for
 from serve_app.domain.queue import Ticket
 from serve_app.domain.residency import Pending, Resident, Row
 from serve_app.domain.rotation_effects import Grant, Notify, Refuse
-from serve_app.domain.rotation_events import Request
+from serve_app.domain.rotation_events import Claimed, Request
 from serve_app.domain.rotation_state import State
 from serve_app.domain.routing import Lease
 
@@ -42,41 +42,55 @@ class Admissions:
         if known is not None:
             known.touched_at = state.now
             return
-        asked_at = state.now if event.asked_at is None else min(event.asked_at, state.now)
         if event.models and event.models[0] in state.residency.rows:
             state.popularity.arrived(event.models[0])
+        self._enter(event)
+
+    def claimed(self, event: Claimed) -> None:
+        """Give the lease that goes with a grant. A request whose model has left since waits again, with its age."""
+        request, resident = event.request, self._state.residency.residents.get(event.model)
+        if resident is not None:
+            resident.promised.pop(request.ticket, None)
+        if obstacle(self._state, event.model) is None and self._is_ready(event.model):
+            self._let_in(request, event.model, event.reason)
+        else:
+            self._enter(request)
+
+    def _enter(self, event: Request) -> None:
+        state, asked_at = self._state, self._asked_at(event)
         choice, error = self._usable(event, 0)
         if choice is None:
             self._refuse(event, asked_at, error)
         elif self._is_ready(event.models[choice]):
-            self._grant(event, event.models[choice], asked_at, "it is in memory")
+            self._grant(event, event.models[choice], "it is in memory")
         elif len(state.line) >= state.limits.max_queue:
-            self._turn_away(event, asked_at, choice)
+            self._turn_away(event, choice)
         else:
             state.line.join(event, asked_at, state.now, choice)
             state.note("queued", event.models[choice], "it is not in memory", caller=event.caller)
             state.stirred = True
 
-    def _turn_away(self, event: Request, asked_at: float, choice: int) -> None:
+    def _turn_away(self, event: Request, choice: int) -> None:
         """The line is full: one of the next models answers if it is in memory, else the request is refused."""
         full = self._queue_full(event.models[choice])
         for model in event.models[choice + 1 :]:
             if obstacle(self._state, model) is None and self._is_ready(model):
-                self._grant(event, model, asked_at, f"instead: {full.message}")
+                self._grant(event, model, f"instead: {full.message}")
                 return
-        self._refuse(event, asked_at, full)
+        self._refuse(event, self._asked_at(event), full)
 
     def cancel(self, ticket_id: str, reason: str = "its caller has left") -> None:
         ticket = self._state.line.tickets.get(ticket_id)
         if ticket is not None:
             self._leave(ticket)
             self._state.note("cancelled", ticket.model, reason, caller=ticket.request.caller)
+        for resident in self._state.residency.residents.values():
+            resident.promised.pop(ticket_id, None)
 
     def grant_all(self, model: str) -> None:
         """Grant every request that waits for a model which has just become ready."""
         for ticket in self._state.line.group(model):
-            self._leave(ticket)
-            self._grant(ticket.request, model, ticket.asked_at, "its load has ended")
+            self._promise(ticket, model, "its load has ended")
 
     def move_all(self, model: str, error: RotundaError) -> None:
         """Send the requests for a model that cannot be had on to their next model, or refuse them."""
@@ -194,8 +208,7 @@ class Admissions:
             self._leave(ticket)
             self._refuse(ticket.request, ticket.asked_at, error)
         elif self._is_ready(ticket.request.models[choice]):
-            self._leave(ticket)
-            self._grant(ticket.request, ticket.request.models[choice], ticket.asked_at, f"instead: {error.message}")
+            self._promise(ticket, ticket.request.models[choice], f"instead: {error.message}")
         else:
             self._withdraw(ticket.model, ticket)
             self._state.line.move(ticket, choice)
@@ -216,7 +229,27 @@ class Admissions:
         resident = self._state.residency.residents.get(model)
         return not self._state.residency.rows[model].model.resides or (resident is not None and resident.ready)
 
-    def _grant(self, request: Request, model: str, asked_at: float, reason: str) -> None:
+    def _asked_at(self, request: Request) -> float:
+        return self._state.now if request.asked_at is None else min(request.asked_at, self._state.now)
+
+    def _promise(self, ticket: Ticket, model: str, reason: str) -> None:
+        """Grant a request that has waited: its holder comes for the lease when it hears of it."""
+        request, resident = ticket.request, self._state.residency.residents.get(model)
+        self._leave(ticket)
+        if resident is not None and request.lease:
+            self._departures.promise(resident, request.ticket)
+        waited = self._state.now - ticket.asked_at
+        self._state.emit(Grant(request.ticket, model, request.holder, None, waited, reason))
+        self._state.note("grant", model, reason, duration_s=waited, caller=request.caller)
+
+    def _grant(self, request: Request, model: str, reason: str) -> None:
+        """Grant a request that need not wait."""
+        self._let_in(request, model, reason)
+        waited = self._state.now - self._asked_at(request)
+        self._state.note("grant", model, reason, duration_s=waited, caller=request.caller)
+
+    def _let_in(self, request: Request, model: str, reason: str) -> None:
+        """Answer a request whose holder is asking at this moment, with a lease if it wants one."""
         state, lease = self._state, None
         resident = state.residency.residents.get(model)
         if resident is not None and request.lease:
@@ -224,9 +257,8 @@ class Admissions:
             self._departures.use(resident)
         elif request.lease:
             lease = Lease(model, state.epoch, state.limits.lease_ttl_s)
-        waited = state.now - asked_at
+        waited = state.now - self._asked_at(request)
         state.emit(Grant(request.ticket, model, request.holder, lease, waited, reason))
-        state.note("grant", model, reason, duration_s=waited, caller=request.caller)
 
     def _refuse(self, request: Request, asked_at: float, error: RotundaError) -> None:
         state = self._state

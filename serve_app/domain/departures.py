@@ -28,6 +28,11 @@ class Departures:
         resident.leases[holder] = self._state.now + limits.lease_ttl_s + limits.lease_slack_s
         return Lease(resident.name, resident.epoch, limits.lease_ttl_s)
 
+    def promise(self, resident: Resident, ticket: str) -> None:
+        """Keep the model for a request that was granted, until its holder comes for that: as long as for a lease."""
+        limits = self._state.limits
+        resident.promised[ticket] = self._state.now + limits.lease_ttl_s + limits.lease_slack_s
+
     def use(self, resident: Resident) -> None:
         """Requests were let in to the model just now."""
         resident.used_until = self._state.now + self._state.limits.settle_s

@@ -108,13 +108,15 @@ class Retirement:
 
 @dataclass(slots=True)
 class Resident:
-    """A model that holds memory or is about to; ``leases`` are holders and when their right surely has ended."""
+    """A model that holds memory or is about to. ``leases`` are holders and when their right surely has ended;
+    ``promised`` are requests that were granted and have not been claimed, and for how long the model stays for them."""
 
     name: str
     epoch: int
     since: float
     slots: list[Slot] = field(default_factory=list)
     leases: dict[str, float] = field(default_factory=dict)
+    promised: dict[str, float] = field(default_factory=dict)
     loaded_at: float | None = None
     used_until: float = float("-inf")
     retirement: Retirement | None = None
@@ -143,8 +145,8 @@ class Resident:
         return sum(slot.running for slot in self.slots)
 
     def busy(self, now: float) -> bool:
-        """Whether requests run, or have been let in so lately that no heartbeat could tell."""
-        return now < self.used_until or self.running > 0
+        """Whether requests run, have been let in so lately that no heartbeat could tell, or are about to come."""
+        return now < self.used_until or self.running > 0 or any(now < until for until in self.promised.values())
 
     def fresh_until(self, fresh_s: float) -> float:
         """Until when it is too new to be told to leave."""
@@ -152,6 +154,7 @@ class Resident:
 
     def drop_expired(self, now: float) -> None:
         self.leases = {holder: until for holder, until in self.leases.items() if until > now}
+        self.promised = {ticket: until for ticket, until in self.promised.items() if until > now}
 
     def hear(self, beat: Heartbeat, now: float) -> Slot:
         """The slot of a replica that speaks; one that nobody knew takes the first that waits for one."""

@@ -27,6 +27,7 @@ from serve_app.domain.rotation_events import (
     Acknowledged,
     Cancel,
     CapacityChanged,
+    Claimed,
     EmergencyCleanup,
     Event,
     Gone,
@@ -77,6 +78,7 @@ class Rotation:
             Recalled: self._recalled,
             CapacityChanged: self._capacity_changed,
             Request: self._admissions.request,
+            Claimed: self._admissions.claimed,
             Cancel: lambda event: self._admissions.cancel(event.ticket),
             Heartbeat: self._heartbeat,
             LoadFailed: self._load_failed,
@@ -184,7 +186,7 @@ class Rotation:
             elif resident.loading:
                 times.append(resident.since + limits.load_timeout_s)
             elif state.line.groups:
-                times.append(resident.used_until)
+                times += [resident.used_until, *resident.promised.values()]
         for ticket in state.line.tickets.values():
             times += [ticket.asked_at + limits.max_wait_s, ticket.asked_at + limits.max_wait_s + limits.load_timeout_s]
         for model in state.line.groups:

@@ -11,7 +11,8 @@ from serve_app.domain.routing import Lease
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """The request may run on ``model``; ``lease`` is None when it only warmed it, or when nothing resides here."""
+    """The request may run on ``model``; ``lease`` is None when it only warmed it, and until one that waited is
+    :class:`~serve_app.domain.rotation_events.Claimed`."""
 
     ticket: str
     model: str

@@ -146,8 +146,18 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Claimed:
+    """The holder of a request that was granted while it waited has come for the grant, whose ``model`` and ``reason``
+    these are. Its lease begins now: counted from the grant it might end while its holder believes in it."""
+
+    request: Request
+    model: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Cancel:
-    """The caller of a waiting request has left."""
+    """The caller of a request that waits, or has not claimed its grant, has left."""
 
     ticket: str
 
@@ -279,6 +289,7 @@ Event = (
     | Recalled
     | CapacityChanged
     | Request
+    | Claimed
     | Cancel
     | Heartbeat
     | LoadFailed

@@ -28,7 +28,7 @@ from serve_app.domain.leasing import Orders
 from serve_app.domain.leasing import Report as HolderReport
 from serve_app.domain.rotation_view import HISTORY, RotationView
 from serve_app.domain.routing import Admission, Ask, Candidate, Granted, Lease, Route, Waiting
-from serve_app.gateway import Completed, Gateway, Limits, Step
+from serve_app.gateway import FULL_S, Completed, Gateway, Limits, Step
 
 Script = Callable[[GenerationRequest], AsyncGenerator[Item, None]]
 FINISH = Finish(FinishReason.STOP, Usage(1, 2))
@@ -228,6 +228,56 @@ async def test_who_is_busy_is_not_asked_again_but_the_next_candidate_is(busy: Ro
     with pytest.raises(type(busy)) as refused:
         await steps(Gateway(ScriptedRouter(granted("a")), backend))
     assert backend.called == ["a"] and refused.value.retry_after_s == busy.retry_after_s
+
+
+async def test_a_model_that_was_full_is_not_called_until_one_of_ours_has_ended() -> None:
+    now, begun, free = [100.0], asyncio.Event(), asyncio.Event()
+
+    async def held(request: GenerationRequest) -> AsyncGenerator[Item, None]:
+        yield Accepted(1)
+        begun.set()
+        await free.wait()
+        yield FINISH
+
+    full = failing(QueueFull("full", details={"retryAfterS": 3}))
+    backend, router = ScriptedBackend(held, full, full, answer), ScriptedRouter(granted("a"))
+    gateway = Gateway(router, backend, clock=lambda: now[0])
+    running = asyncio.create_task(steps(gateway))
+    await begun.wait()
+    for called in (2, 2, 2):
+        with pytest.raises(QueueFull) as refused:
+            await steps(gateway)
+        assert refused.value.retry_after_s == 3 and len(backend.called) == called
+    assert router.asked == 1  # the lease is as good as before
+    with pytest.raises(QueueFull):
+        await gateway.admit(ASK)
+    now[0] += FULL_S
+    with pytest.raises(QueueFull):
+        await steps(gateway)
+    assert len(backend.called) == 3  # others may have left the line meanwhile
+    free.set()
+    await running
+    assert isinstance((await steps(gateway))[-1], Completed)
+
+
+async def test_the_next_model_is_asked_instead_of_one_that_was_full() -> None:
+    begun, free = asyncio.Event(), asyncio.Event()
+
+    async def held(request: GenerationRequest) -> AsyncGenerator[Item, None]:
+        yield Accepted(1)
+        begun.set()
+        await free.wait()
+        yield FINISH
+
+    backend = ScriptedBackend(held, failing(QueueFull("full")), answer, answer)
+    gateway = Gateway(ScriptedRouter(granted("a", "b")), backend)
+    running = asyncio.create_task(steps(gateway))
+    await begun.wait()
+    for _ in range(2):
+        assert Switched("a", "b", "full") in await steps(gateway)
+    assert backend.called == ["a", "a", "b", "b"]
+    free.set()
+    await running
 
 
 async def test_a_limit_without_a_time_is_tried_again() -> None:

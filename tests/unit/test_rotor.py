@@ -11,7 +11,7 @@ from serve_app.domain.errors import ModelNotFound
 from serve_app.domain.leasing import Orders, Report
 from serve_app.domain.rotation import Rotation
 from serve_app.domain.rotation_effects import Effect, Grant, Load, Notify, Refuse, Retire
-from serve_app.domain.rotation_events import CapacityChanged, Gone, Heartbeat, Registered, Request
+from serve_app.domain.rotation_events import CapacityChanged, Gone, Heartbeat, Registered, Request, Tick
 from serve_app.domain.routing import Admission, Ask, Candidate, Granted, Lease, Route, Waiting
 from serve_app.leases import Leases, RouterAway
 from serve_app.rotor import HOLD_S, Rotor
@@ -111,6 +111,46 @@ async def test_a_revoked_lease_is_given_up_before_the_model_is_told_to_leave() -
     assert fleet.kinds() == [("Load", "A"), ("Retire", "A"), ("Load", "B")]
     for task in keeping:
         task.cancel()
+
+
+async def test_a_gateway_that_comes_late_for_its_grant_has_a_lease_from_then_on() -> None:
+    fleet = Fleet("A", "B")
+    late, other = Leases(fleet, "g1", lambda: fleet.now), Leases(fleet, "g2", lambda: fleet.now)
+    keeping = asyncio.create_task(other.keep())
+    assert isinstance(await late.ask(Ask("t1", "A")), Waiting)
+    await until(lambda: fleet.rotor._tickets["t1"].answer is not None)
+    waiting = asyncio.create_task(wait_for(other, Ask("t2", "B")))
+    fleet.now += 1.9
+    await asyncio.sleep(0.05)
+    granted = await late.ask(Ask("t1", "A"))  # the model has stayed for it
+    assert isinstance(granted, Granted) and fleet.kinds() == [("Load", "A")]
+    fleet.now += 1.9
+    assert late.live("A") == granted.lease
+    fleet.rotor.tell(Tick())
+    assert ("Retire", "A") not in fleet.kinds(), "a call under that lease would wake a model that has left"
+    fleet.now += 0.5
+    fleet.rotor.tell(Tick())
+    await waiting
+    assert late.live("A") is None and fleet.kinds() == [("Load", "A"), ("Retire", "A"), ("Load", "B")]
+    keeping.cancel()
+
+
+async def test_a_grant_that_nobody_came_for_lapses_and_the_request_waits_again_with_its_age() -> None:
+    fleet = Fleet("A", "B")
+    late, other = Leases(fleet, "g1", lambda: fleet.now), Leases(fleet, "g2", lambda: fleet.now)
+    keeping = asyncio.create_task(other.keep())
+    await late.ask(Ask("t1", "A"))
+    await until(lambda: fleet.rotor._tickets["t1"].answer is not None)
+    fleet.now += 5
+    await wait_for(other, Ask("t2", "B"))
+    assert isinstance(await late.ask(Ask("t1", "A")), Waiting)
+    assert fleet.rotor.rotation.state.line.tickets["t1"].asked_at == 100.0
+    fleet.now += 5
+    fleet.rotor.tell(Tick())
+    granted = await wait_for(late, Ask("t1", "A"))
+    assert late.live("A") == granted.lease
+    assert fleet.kinds() == [("Load", "A"), ("Retire", "A"), ("Load", "B"), ("Retire", "B"), ("Load", "A")]
+    keeping.cancel()
 
 
 async def test_a_grant_that_arrives_after_its_lease_was_given_up_gives_no_right_to_call() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from serve_app.domain.catalog import LOCAL_PROVIDER, ModelState
 from serve_app.domain.errors import ModelLoadFailed
@@ -23,6 +23,7 @@ from serve_app.domain.rotation_events import (
     Acknowledged,
     Cancel,
     CapacityChanged,
+    Claimed,
     Event,
     Gone,
     Heartbeat,
@@ -69,8 +70,12 @@ class World:
         policy: Policy = COST_AWARE,
         generation: int = 1,
         now: float = 0.0,
+        prompt: bool = True,
     ) -> None:
         self.now = now
+        self.prompt = prompt
+        """Whether an ingress comes at once for what it was granted while it waited; else a test calls ``claim``."""
+        self.unclaimed: dict[str, Grant] = {}
         self.limits = limits
         self.models = {one.name: one for one in models}
         self.nodes = {node.name: node for node in nodes(*sizes)}
@@ -93,6 +98,9 @@ class World:
     def tell(self, event: Event) -> list[Effect]:
         """Pass an event on, check every effect, and return them."""
         self.events.append((event, self.now))
+        if isinstance(event, Request):
+            self.asked[event.ticket] = event
+            self.asked_at.setdefault(event.ticket, self.now if event.asked_at is None else event.asked_at)
         effects = self.rotation.handle(event, self.now)
         self.effects += effects
         for effect in effects:
@@ -101,16 +109,23 @@ class World:
         for effect in effects:
             if isinstance(effect, Grant) and effect.model in self.replicas and effect.lease is not None:
                 effects = effects + self.beat(effect.model)
+            if isinstance(effect, Grant) and effect.ticket in self.unclaimed and self.prompt:
+                effects = effects + self.claim(effect.ticket)
         return effects
 
+    def claim(self, ticket: str) -> list[Effect]:
+        """The ingress comes for a grant."""
+        grant = self.unclaimed.pop(ticket)
+        del self.answers[ticket]
+        request = replace(self.asked[ticket], asked_at=self.asked_at[ticket])
+        return self.tell(Claimed(request, grant.model, grant.reason))
+
     def ask(self, ticket: str, *models: str, holder: str = "i1", **more: object) -> list[Effect]:
-        request = Request(ticket, models, holder, **more)  # type: ignore[arg-type]
-        self.asked[ticket] = request
-        self.asked_at.setdefault(ticket, self.now)
-        return self.tell(request)
+        return self.tell(Request(ticket, models, holder, **more))  # type: ignore[arg-type]
 
     def cancel(self, ticket: str) -> list[Effect]:
         self.cancelled.add(ticket)
+        self.unclaimed.pop(ticket, None)
         return self.tell(Cancel(ticket))
 
     def pass_time(self, seconds: float) -> list[Effect]:
@@ -209,6 +224,8 @@ class World:
                 here = isinstance(effect, Grant) and self.models[effect.model].resides
                 if isinstance(effect, Grant) and here and effect.lease is not None:
                     self._let_in(effect)
+                elif isinstance(effect, Grant) and here and self.asked[effect.ticket].lease:
+                    self.unclaimed[effect.ticket] = effect
             case Load():
                 assert effect.model not in self.replicas, f"{effect.model} is there already"
                 self.replicas[effect.model] = Replica(effect.node)

@@ -55,7 +55,7 @@ class Life(RuleBasedStateMachine):
         )
         models = [model(name, gib, reload_s=1 + gib) for name, gib in zip(NAMES, SIZES, strict=True)]
         self.policy, self.limits = POLICIES[policy], limits
-        self.world = World(models, sizes, limits, self.policy)
+        self.world = World(models, sizes, limits, self.policy, prompt=False)
         self.tickets = 0
 
     @rule(
@@ -75,6 +75,12 @@ class Life(RuleBasedStateMachine):
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         self.world.cancel(data.draw(st.sampled_from(sorted(self.world.waiting()))))
+
+    @precondition(lambda self: self.world.unclaimed)
+    @rule(data=st.data())
+    def claim(self, data: st.DataObject) -> None:
+        """However late: the lease must hold for as long as the ingress believes."""
+        self.world.claim(data.draw(st.sampled_from(sorted(self.world.unclaimed))))
 
     @rule(seconds=st.sampled_from((0.1, 0.6, 3.0, 15.0)))
     def time(self, seconds: float) -> None:
@@ -148,6 +154,8 @@ class Life(RuleBasedStateMachine):
         for _ in range(80):
             world.settle()
             world.use_up()
+            for ticket in list(world.unclaimed):
+                world.claim(ticket)
             if not world.waiting():
                 break
             world.pass_time(1.0)
