@@ -145,12 +145,14 @@ async def test_a_grant_that_nobody_came_for_lapses_and_the_request_waits_again_w
     await wait_for(other, Ask("t2", "B"))
     assert isinstance(await late.ask(Ask("t1", "A")), Waiting)
     assert fleet.rotor.rotation.state.line.tickets["t1"].asked_at == 100.0
+    late_keeping = asyncio.create_task(late.keep())
     fleet.now += 5
     fleet.rotor.tell(Tick())
     granted = await wait_for(late, Ask("t1", "A"))
     assert late.live("A") == granted.lease
     assert fleet.kinds() == [("Load", "A"), ("Retire", "A"), ("Load", "B"), ("Retire", "B"), ("Load", "A")]
-    keeping.cancel()
+    for task in (keeping, late_keeping):
+        task.cancel()
 
 
 async def test_a_grant_that_arrives_after_its_lease_was_given_up_gives_no_right_to_call() -> None:
