@@ -10,7 +10,7 @@ has a number. The sending side keeps what it sent lately: after a leader that wa
 call that never led ends with it. The receiving side puts the items in order and drops what it has already. What is
 missing in spite of that makes a broken stream, and is said as such.
 
-The first token leaves at once, and nothing ever waits for a timer.
+The first token leaves at once, and nothing ever waits for a timer. What waits is a stream that runs ahead of the wire.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ TAIL_S = 5.0
 """For how long the sending side keeps what it sent; longer than anything lies in the pipes."""
 TRANSIT_S = 1.0
 """How long a frame may be on its way between two processes that are well."""
+AHEAD = 64
+"""Items that one stream may have ready; a source that is faster than the wire waits until they have left. So no frame
+holds more of one stream than its neighbours can wait for."""
+FEW = 16
+"""Pieces of one stream that one frame sends again, for the same reason."""
 GAP_S = 5.0
 """How long the receiving side waits for a piece that is missing."""
 
@@ -113,17 +118,29 @@ class _Outgoing:
     """Whether that item has left in a frame."""
     turn: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when there is something to do: it was promoted, or it has ended."""
+    room: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when what was ready has left."""
 
     def add(self, item: Item | Broken) -> None:
         self.ready.append(item)
         self.complete = self.complete or is_last(item)
 
+    async def wait_for_room(self) -> None:
+        while len(self.ready) >= AHEAD:
+            self.room.clear()
+            await self.room.wait()
+
+    @property
+    def has_more(self) -> bool:
+        return bool(self.again or self.ready)
+
     def take(self, now: float, most_tokens: int) -> list[Piece]:
         """The pieces for the next frame; empty when nothing is ready."""
-        pieces, self.again = self.again, []
-        if self.ready:
+        pieces, self.again = self.again[:FEW], self.again[FEW:]
+        if self.ready and not self.again:
             items = tuple(merged(self.ready, most_tokens) if len(self.ready) > 1 else self.ready)
             self.ready.clear()
+            self.room.set()
             pieces.append(Piece(self.name, self.next_seq, items))
             self.next_seq += len(items)
         self.sent.extend((now, piece) for piece in pieces)
@@ -190,8 +207,10 @@ class Outbox:
                     await stream.turn.wait()
                     stream.turn.clear()
             if not led:
-                # Its last frames went with another call, which may have been cut off since: this one is its own.
-                yield tuple(piece for _, piece in stream.sent)
+                # Its last frames went with another call, which may have been cut off since: these are its own.
+                pieces = tuple(piece for _, piece in stream.sent)
+                for first in range(0, len(pieces), FEW):
+                    yield pieces[first : first + FEW]
             whole = True
         finally:
             del self._streams[name]
@@ -207,6 +226,7 @@ class Outbox:
                 async for item in items:
                     stream.add(item)
                     self._changed.set()
+                    await stream.wait_for_room()
             if not stream.complete:
                 stream.add(Broken(Internal.masked().to_dict()))
         except RotundaError as error:
@@ -219,7 +239,10 @@ class Outbox:
         await self._changed.wait()
         self._changed.clear()
         now = self._clock()
-        return tuple(piece for stream in self._streams.values() for piece in stream.take(now, self._most_tokens))
+        frame = tuple(piece for stream in self._streams.values() for piece in stream.take(now, self._most_tokens))
+        if any(stream.has_more for stream in self._streams.values()):
+            self._changed.set()
+        return frame
 
     def _promote(self, stream: _Outgoing) -> None:
         self._leader = stream

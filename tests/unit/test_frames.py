@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from serve_app.domain.errors import GenerationFailed, Internal, ProviderUnavailable
 from serve_app.domain.generation import Accepted, Delta, Finish, FinishReason, Item, Usage
-from serve_app.frames import Broken, Frame, Inbox, Mailbox, Outbox, Piece, merged, pack, unpack
+from serve_app.frames import AHEAD, FEW, Broken, Frame, Inbox, Mailbox, Outbox, Piece, merged, pack, unpack
 
 FINISH = Finish(FinishReason.STOP, Usage(1, 3))
 DELTAS = [Delta("a", (1,)), Delta("b", (2,)), Delta("c", (3,))]
@@ -85,6 +85,63 @@ async def test_two_streams_share_the_frames_of_the_first() -> None:
         with pytest.raises(StopAsyncIteration):
             await anext(call)
     assert outbox.empty
+
+
+async def test_a_stream_that_runs_ahead_waits_and_makes_no_frame_large() -> None:
+    outbox, made = Outbox(most_tokens=1), 0
+
+    async def torrent() -> AsyncGenerator[Item, None]:
+        nonlocal made
+        for made in range(10_000):  # noqa: B007 - how far it came is read below
+            yield DELTAS[0]
+        yield FINISH
+
+    fast, slow = outbox.carry("fast", torrent()), outbox.carry("slow", source(words("w", 3)))
+    waiting = asyncio.create_task(anext(slow))
+    await anext(fast)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert made <= 2 * AHEAD
+    mailbox = Mailbox()
+    sizes = []
+    async for frame in fast:
+        sizes.append(sum(len(piece.items) for piece in frame if piece.stream == "fast"))
+        for piece in frame:
+            if piece.stream == "fast":
+                mailbox.deliver(piece)
+    assert max(sizes) <= AHEAD and sum(sizes) >= 10_001 - AHEAD
+    waiting.cancel()
+
+
+async def test_what_is_sent_again_comes_in_frames_of_a_few_pieces() -> None:
+    outbox, gate, count = Outbox(most_tokens=1), asyncio.Event(), 40 * AHEAD
+
+    async def held(items: list[Item]) -> AsyncGenerator[Item, None]:
+        for item in items[:-1]:
+            yield item
+        await gate.wait()
+        yield items[-1]
+
+    leader, other = outbox.carry("leader", held(words("l", 1))), outbox.carry("other", held(words("h", count)))
+    await anext(leader)
+    reading = asyncio.create_task(receive(mailbox := Mailbox()))
+    frames: list[Frame] = []
+
+    async def follow() -> None:
+        async for frame in other:
+            frames.append(frame)
+            for piece in frame:
+                mailbox.deliver(piece)
+
+    following = asyncio.create_task(follow())
+    await asyncio.sleep(0)
+    while outbox._streams["other"].next_seq < count:
+        await anext(leader)
+    await leader.aclose()  # all that was in its frames is lost
+    gate.set()
+    assert flat(await reading) == flat(words("h", count))
+    await following
+    assert FEW == max(len(frame) for frame in frames) and len(frames) > 2
 
 
 async def test_an_error_comes_after_what_was_ready_before_it() -> None:
