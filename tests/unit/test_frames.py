@@ -141,7 +141,7 @@ async def test_what_is_sent_again_comes_in_frames_of_a_few_pieces() -> None:
     gate.set()
     assert flat(await reading) == flat(words("h", count))
     await following
-    assert FEW == max(len(frame) for frame in frames) and len(frames) > 2
+    assert max(len(frame) for frame in frames) == FEW and len(frames) > 2
 
 
 async def test_an_error_comes_after_what_was_ready_before_it() -> None:
