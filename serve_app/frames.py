@@ -126,9 +126,8 @@ class _Outgoing:
         self.complete = self.complete or is_last(item)
 
     async def wait_for_room(self) -> None:
-        while len(self.ready) >= AHEAD:
-            self.room.clear()
-            await self.room.wait()
+        self.room.clear()
+        await self.room.wait()
 
     @property
     def has_more(self) -> bool:
@@ -226,7 +225,8 @@ class Outbox:
                 async for item in items:
                     stream.add(item)
                     self._changed.set()
-                    await stream.wait_for_room()
+                    if len(stream.ready) >= AHEAD:
+                        await stream.wait_for_room()
             if not stream.complete:
                 stream.add(Broken(Internal.masked().to_dict()))
         except RotundaError as error:
