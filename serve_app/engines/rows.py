@@ -112,6 +112,16 @@ class Rows:
             rows = sorted([*rows, last], key=lambda row: row.index)
         return pairs
 
+    def to_front(self, running: Iterable[Row], bound: int) -> list[tuple[Row, Row]]:
+        """As :meth:`swaps`, so that the running rows, ``bound`` of them at most, are among the first ``bound``."""
+        wanted = set(running)
+        room = [row for row in self.by_index[:bound] if row not in wanted]
+        room.sort(key=lambda row: len(row.ids), reverse=True)  # what is swapped is copied
+        pairs = [(row, room.pop()) for row in sorted(wanted, key=lambda row: row.index) if row.index >= bound]
+        for moved, other in pairs:
+            self._swap(moved, other)
+        return pairs
+
     def _swap(self, one: Row, other: Row) -> None:
         one.index, other.index = other.index, one.index
         self.by_index[one.index], self.by_index[other.index] = one, other

@@ -95,6 +95,19 @@ def test_running_rows_are_brought_together() -> None:
     assert [row.index for row in rows.by_index] == list(range(8))
 
 
+def test_the_running_rows_come_to_the_front_and_the_emptiest_make_room() -> None:
+    rows = Rows(8, 1000)
+    for row, length in zip(rows.by_index, (9, 0, 5, 0, 3, 0, 7, 2), strict=True):
+        row.ids = numbers(0, length)
+    kept, empty, running = rows.by_index[0], rows.by_index[3], [rows.by_index[index] for index in (1, 6)]
+    assert rows.to_front(running, 8) == []
+    assert rows.to_front(running, 4) == [(running[1], empty)]
+    assert (running[0].index, running[1].index, empty.index, kept.index) == (1, 3, 6, 0)
+    assert rows.to_front(running, 2) == [(running[1], kept)]
+    assert sorted(row.index for row in running) == [0, 1]
+    assert [row.index for row in rows.by_index] == list(range(8))
+
+
 def test_random_traffic_keeps_the_account() -> None:
     rng = random.Random(3)
     rows = Rows(12, 600)
@@ -112,7 +125,11 @@ def test_random_traffic_keeps_the_account() -> None:
             assert taken.common < len(prompt) and taken.row.ids == prompt[: taken.common]
             taken.row.ids = prompt
             running.append(taken.row)
-        rows.swaps(running)
+        if rng.random() < 0.5:
+            rows.swaps(running)
+        else:
+            rows.to_front(running, max(1, len(running)))
+            assert all(row.index < len(running) for row in running)
         assert [row.index for row in rows.by_index] == list(range(12))
         assert {row for row in rows.by_index if row.held} == set(running)
         assert sum(row.occupied for row in rows.by_index) <= 600
