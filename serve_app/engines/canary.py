@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
 
 from serve_app.engines.decoding import Begun
+from serve_app.engines.graphs import Graphs
 from serve_app.engines.slots import Feed, Seat, SlotLoop, piece
 
 Reread = Callable[[Begun], torch.Tensor]
@@ -17,6 +19,8 @@ TOLERANCE = 0.05
 LONGEST = 320
 CHUNK = 7
 ROWS = 8
+CAPTURE_S = 2.0
+"""For capturing CUDA graphs while a model loads; what is left is captured when it is needed."""
 CAPACITY = 2 * LONGEST
 """Of the cache for the trial: its own, since on a GPU the model's may have fewer rows than the trial needs."""
 
@@ -64,10 +68,15 @@ class Canary:
             self._replies[seat].append(int(row.argmax()))
 
     def _compare(self, found: torch.Tensor, expected: torch.Tensor) -> None:
-        bound = TOLERANCE * expected.std()
-        behind = expected.max() - expected[int(found.argmax())]
-        away = (found - expected).abs().mean()
-        self.wrong |= not bool(behind <= bound and away <= bound)
+        self.wrong |= not alike(found, expected)
+
+
+def alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether logits ``[vocabulary]`` differ by no more than rounding."""
+    bound = TOLERANCE * expected.std()
+    behind = expected.max() - expected[int(found.argmax())]
+    away = (found - expected).abs().mean()
+    return bool(behind <= bound and away <= bound)
 
 
 def passes(loop: SlotLoop, reread: Reread, ids: Sequence[int]) -> bool:
@@ -100,3 +109,31 @@ def touch(loop: SlotLoop, ids: Sequence[int]) -> None:
     loop.sit(seat)
     loop.run([piece(seat, seat.left)])
     loop.leave(seat, spoilt=True)
+
+
+def try_graphs(loop: SlotLoop, graphs: Graphs, ids: Sequence[int], places: int) -> float:
+    """Capture the likeliest steps, unless replays compute other tokens than the passes that they stand for.
+
+    Returns:
+        Seconds that a step without graphs takes.
+    """
+    text = list(ids)[: loop.limit // 2]
+    seats = [Seat(text[skipped:], len(text) + 2) for skipped in range(min(2, places, len(text)))]
+    for seat in seats:
+        loop.sit(seat)
+    loop.run([piece(seat, seat.left) for seat in seats])
+    times = []
+    for token in (text[0], text[-1]):
+        steps = [Feed(seat, [token]) for seat in seats]
+        begun = time.perf_counter()
+        expected = loop.run(steps, replay=False).float().cpu()
+        times.append(time.perf_counter() - begun)
+        for seat in seats:
+            loop.unread(seat)
+        found = loop.run(steps).float().cpu()
+        if graphs.active and not all(map(alike, found, expected)):
+            graphs.forgo("they compute other tokens")
+    for seat in seats:
+        loop.leave(seat, spoilt=True)
+    graphs.capture(places, CAPTURE_S)
+    return min(times)

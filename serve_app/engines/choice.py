@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from serve_app.engines import canary, gate
 from serve_app.engines.batch import BatchDecoder
 from serve_app.engines.decoding import Passes
+from serve_app.engines.graphs import Recorder
 from serve_app.engines.loading import Loaded
 from serve_app.engines.slots import KEPT_ROWS, SlotDecoder, SlotLoop
 
@@ -20,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def choose(
-    loaded: Loaded, ids: Sequence[int], places: int, limit: int | None, budget: int
+    loaded: Loaded, ids: Sequence[int], places: int, limit: int | None, budget: int, graphs: bool = True
 ) -> SlotDecoder | BatchDecoder:
     """A decoder that has been tried on the ids of some text; its ``description`` says which, and why.
 
@@ -28,6 +30,7 @@ def choose(
         places: requests that shall run at once.
         limit: tokens of prompt and reply together, or None.
         budget: tokens that all requests may hold together.
+        graphs: whether steps may be CUDA graphs.
     """
     passes = Passes(loaded)
     if not passes.check(ids):
@@ -37,7 +40,7 @@ def choose(
         reason = gate.refusal(loaded.model)
         batch = _batch(passes, ids, places, reason)
         if reason is None:
-            slots = _slots(batch, passes, loaded, places, min(limit or budget, budget), budget)
+            slots = _slots(batch, passes, loaded, places, min(limit or budget, budget), budget, graphs)
             batch.reason = _trial(loaded, slots, passes, ids)
             if batch.reason is None:
                 return slots
@@ -56,16 +59,23 @@ def _batch(passes: Passes, ids: Sequence[int], places: int, reason: str | None) 
     return BatchDecoder(passes, places if padding else 1, reason)
 
 
-def _slots(batch: BatchDecoder, passes: Passes, loaded: Loaded, places: int, limit: int, budget: int) -> SlotDecoder:
+def _slots(
+    batch: BatchDecoder, passes: Passes, loaded: Loaded, places: int, limit: int, budget: int, graphs: bool
+) -> SlotDecoder:
     rows = places + KEPT_ROWS
     if loaded.device != "cpu":  # there untouched rows take memory too
         rows = max(1, min(rows, budget // limit))
         places = min(places, rows)
     kinds = gate.LayerKinds.of(loaded.model)
-    loop = SlotLoop(loaded.model, kinds, rows, limit, budget)
+    record = Recorder(loaded.model.device) if graphs and _on_one_gpu(loaded.model) else None
+    loop = SlotLoop(loaded.model, kinds, rows, limit, budget, record)
     # A window's own cache forgets what lies outside it, and a row must hold everything.
     adopts = loaded.processor is not None and set(kinds.windows) == {"full_attention"}
     return SlotDecoder(batch, passes, loop, places, adopts)
+
+
+def _on_one_gpu(model: Any) -> bool:
+    return {tensor.device for tensor in model.parameters()} == {model.device} and model.device.type == "cuda"
 
 
 def _trial(loaded: Loaded, slots: SlotDecoder, passes: Passes, ids: Sequence[int]) -> str | None:
@@ -76,6 +86,9 @@ def _trial(loaded: Loaded, slots: SlotDecoder, passes: Passes, ids: Sequence[int
             passed = canary.passes(loop, passes.reread, ids)
             if passed:
                 canary.touch(slots.loop, ids)
+            if passed and slots.loop.graphs is not None:
+                took = canary.try_graphs(slots.loop, slots.loop.graphs, ids, slots.places or 1)
+                slots.pace.passed(1, 0, took)
     except Exception:  # the border to the libraries: a model that cannot do this can still run alone
         log.exception("the trial of the slots failed")
         return "it cannot run in shared passes"

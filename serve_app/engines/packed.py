@@ -2,7 +2,8 @@
 
 Everything in a model but its attention looks at one token at a time, so nothing is padded: the tokens of a step and
 pieces of prompts of any length share the pass. Only attention must know which token belongs to whom. While such a pass
-runs, the model's attention is exchanged for :func:`attend`, which calls the model's own once for each :class:`Group`.
+runs, the model's attention is exchanged for :func:`attend`, which calls the model's own once for each :class:`Group`
+and, where calls cost more than padding, for each :class:`Padded` one.
 """
 
 from __future__ import annotations
@@ -56,11 +57,85 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class Padded:
+    """Pieces of several prompts in one call, each padded to the longest of them.
+
+    Args:
+        rows: of the cache, one for each piece: side by side, or their numbers.
+        length: tokens that attention sees of each row.
+        masks: additive, ``[pieces, 1, longest, length]``, by kind of attention.
+        spread: ``[pieces * longest]``, which token of the line stands where; any one in the padding.
+        places: ``[tokens]``, where each of the group's tokens stands.
+    """
+
+    rows: slice | torch.Tensor
+    length: int
+    masks: Mapping[str, torch.Tensor]
+    spread: torch.Tensor
+    places: torch.Tensor
+
+    def attend(self, function: Callable[..., torch.Tensor], kind: str, *states: Any) -> torch.Tensor:
+        """See :meth:`Group.attend`."""
+        query, keys, values = states
+        longest = self.masks[kind].shape[2]
+        query = query[0].index_select(1, self.spread).unflatten(1, (-1, longest)).transpose(0, 1)
+        found = function(query, *(held[self.rows, :, : self.length] for held in (keys, values)), self.masks[kind])
+        return found.flatten(0, 1)[self.places]
+
+
+MOST_AREA = 2**24
+"""Queries times keys of one call: its mask takes twice as many bytes in half precision."""
+MOST_KEYS = 2**15
+"""Keys of one call, whose rows are copied for it."""
+FREE_AREA = 2**20
+"""Of padding that computes faster than another call is made."""
+
+
+def together(pieces: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Which pieces of prompts to compute in one call: their numbers, those of similar length together.
+
+    The padding stays within twice what is needed, or :data:`FREE_AREA`.
+
+    Args:
+        pieces: how many tokens each has, and to what length of its row it looks.
+    """
+    batches: list[list[int]] = []
+    needed = 0
+    for number in sorted(range(len(pieces)), key=lambda number: pieces[number], reverse=True):
+        own = pieces[number][0] * pieces[number][1]
+        if batches:
+            more = [*batches[-1], number]
+            keys = len(more) * max(pieces[one][1] for one in more)
+            area = keys * pieces[more[0]][0]
+            if area <= MOST_AREA and keys <= MOST_KEYS and area - needed - own <= max(needed + own, FREE_AREA):
+                batches[-1], needed = more, needed + own
+                continue
+        batches.append([number])
+        needed = own
+    return batches
+
+
+def padded(begin: int, starts: Sequence[int], counts: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+    """For pieces whose tokens stand in the line from ``begin`` on: ``spread`` and ``places`` of :class:`Padded`, and
+    the position of each query, ``[pieces * longest]`` (0 in the padding, which then sees one key)."""
+    spread: list[int] = []
+    places: list[int] = []
+    positions: list[int] = []
+    for start, count in zip(starts, counts, strict=True):
+        padding = [0] * (max(counts) - count)
+        places += range(len(spread), len(spread) + count)
+        spread += [*range(begin, begin + count), *padding]
+        positions += [*range(start, start + count), *padding]
+        begin += count
+    return spread, places, positions
+
+
+@dataclass(frozen=True, slots=True)
 class Packed:
     """What :func:`attend` must know of a pass. ``kinds``: by the address of the mask that stands for each.
     ``own``: the name of the model's own attention."""
 
-    groups: Sequence[Group]
+    groups: Sequence[Group | Padded]
     kinds: Mapping[int, str]
     own: str
 
@@ -75,7 +150,7 @@ _passing: ContextVar[Packed] = ContextVar("packed")
 
 
 @contextmanager
-def exchanged(config: Any, groups: Sequence[Group], kinds: Mapping[int, str]) -> Iterator[None]:
+def exchanged(config: Any, groups: Sequence[Group | Padded], kinds: Mapping[int, str]) -> Iterator[None]:
     """Within it the model with the (text) configuration calls :func:`attend`."""
     AttentionInterface.register(NAME, attend)
     own = config._attn_implementation

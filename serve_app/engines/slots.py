@@ -22,8 +22,10 @@ from serve_app.engines.batch import BatchDecoder
 from serve_app.engines.cache import SlotCache
 from serve_app.engines.decoding import Begun, Passes
 from serve_app.engines.gate import LayerKinds
+from serve_app.engines.graphs import Graphs, Record, Shape
+from serve_app.engines.groups import Groups
 from serve_app.engines.pace import BLOCK, MAX_CHUNK, MAX_CHUNK_GPU, MIN_CHUNK, Pace
-from serve_app.engines.packed import Group, exchanged
+from serve_app.engines.packed import Group, Padded, exchanged, together
 from serve_app.engines.rows import Row, Rows, common_length
 from serve_app.engines.sampling import Sampler
 from serve_app.engines.worker import Job
@@ -72,20 +74,33 @@ class SlotLoop:
         rows: of the cache.
         limit: tokens that one row may come to hold.
         budget: tokens that all rows may occupy together.
+        record: makes replays of steps (:mod:`serve_app.engines.graphs`); None: they are computed anew.
     """
 
-    def __init__(self, model: Any, kinds: LayerKinds, rows: int, limit: int, budget: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        kinds: LayerKinds,
+        rows: int,
+        limit: int,
+        budget: int,
+        record: Record | None = None,
+    ) -> None:
         self._model = model
         self._kinds = kinds
-        self._limit = limit
-        self._capacity = -(-limit // BLOCK) * BLOCK
         self._device = model.device
         self._config = model.config.get_text_config(decoder=True)
-        self._lowest = torch.finfo(model.dtype).min
-        self._places = torch.arange(self._capacity, device=self._device)
+        capacity = -(-limit // BLOCK) * BLOCK
+        self._groups = Groups(kinds, capacity, self._device, model.dtype)
         # What the model passes on as its mask only tells :mod:`packed` which kind is meant.
         self._masks = {kind: torch.zeros(1, 1, 1, 1, device=self._device) for kind in kinds.windows}
-        self._cache = SlotCache(len(kinds.layers), rows, self._capacity, self._device)
+        self._indices = torch.arange(rows, device=self._device)
+        scratch = 0 if record is None else BLOCK  # where rows write that have no step: nobody looks there
+        self._cache = SlotCache(len(kinds.layers), rows, capacity + scratch, self._device)
+        whole = Shape(rows, capacity)
+        self.graphs = None if record is None else Graphs(self._step, whole, self._device, record)
+        self.replayed = False
+        self.pads = not self.on_cpu
         self._unlike = itertools.count(-1, -1)
         self.rows = Rows(rows, budget)
         self.limit = limit
@@ -112,38 +127,66 @@ class SlotLoop:
         self._cache.adopt_row(row.index, cache, len(prompt))
         row.ids = list(seat.ids)
 
-    def run(self, feeds: Sequence[Feed]) -> torch.Tensor:
-        """One pass; the logits ``[feeds that want them, vocabulary]`` after their tokens, in the order of ``feeds``."""
+    def run(self, feeds: Sequence[Feed], replay: bool = True) -> torch.Tensor:
+        """One pass; the logits ``[feeds that want them, vocabulary]`` after their tokens, in the order of ``feeds``.
+
+        Steps alone are replayed where there are CUDA graphs and ``replay`` allows it; :attr:`replayed` tells.
+        """
         steps = [feed for feed in feeds if len(feed.tokens) == 1]
-        self._bring_together([_row(feed.seat) for feed in steps])
-        line = [*steps, *(feed for feed in feeds if len(feed.tokens) > 1)]
-        logits = self._forward(line, len(steps))
+        pieces = [feed for feed in feeds if len(feed.tokens) > 1]
+        batches = self._batches(pieces)
+        line = [*steps, *(pieces[number] for batch in batches for number in batch)]
+        at = {feed.seat: number for number, feed in enumerate(line)}
+        wanted = [at[feed.seat] for feed in feeds if feed.wanted]
+        logits = self._replay(steps, wanted) if replay and not pieces else None
+        self.replayed = logits is not None
+        if logits is None:
+            self._bring_together([_row(feed.seat) for feed in steps])
+            logits = self._forward(line, len(steps), [len(batch) for batch in batches], wanted)
         for feed in feeds:
             _row(feed.seat).ids += feed.tokens
-        wanted = [feed for feed in line if feed.wanted]
-        if wanted == (asked := [feed for feed in feeds if feed.wanted]):
-            return logits
-        return logits[[wanted.index(feed) for feed in asked]]
+        return logits
+
+    def _batches(self, pieces: Sequence[Feed]) -> list[list[int]]:
+        """Which pieces of prompts share a call of attention: their numbers, in the order of their rows."""
+        if not self.pads or len(pieces) < 2:
+            return [[number] for number in range(len(pieces))]
+        sizes = [(len(feed.tokens), len(_row(feed.seat).ids) + len(feed.tokens)) for feed in pieces]
+        return [sorted(batch, key=lambda number: _row(pieces[number].seat).index) for batch in together(sizes)]
 
     def _bring_together(self, rows: Sequence[Row]) -> None:
-        for moved, other in self.rows.swaps(rows):
+        self._exchange(self.rows.swaps(rows))
+
+    def _exchange(self, pairs: Sequence[tuple[Row, Row]]) -> None:
+        for moved, other in pairs:
             self._cache.swap_rows(other.index, moved.index, (len(moved.ids), len(other.ids)))
             if not other.occupied:
                 self._cache.empty_row(other.index)
 
-    def _forward(self, line: Sequence[Feed], steps: int) -> torch.Tensor:
-        """The logits ``[wanted, vocabulary]`` of a pass over all tokens of the line; the first feeds are ``steps``."""
+    def _forward(self, line: Sequence[Feed], steps: int, batches: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
+        """The logits after the ``wanted`` feeds of a pass over all tokens of the line, ``[wanted, vocabulary]``.
+
+        The first feeds are ``steps``; the pieces of prompts after them are of ``batches`` of so many.
+        """
         counts = [len(feed.tokens) for feed in line]
         starts = [len(_row(feed.seat).ids) for feed in line]
-        groups = self._groups([_row(feed.seat).index for feed in line], starts, counts, steps)
-        ids = torch.tensor([token for feed in line for token in feed.tokens], device=self._device)
-        places = [place for start, count in zip(starts, counts, strict=True) for place in range(start, start + count)]
-        positions = torch.tensor(places, device=self._device)
-        rows = [_row(feed.seat).index for feed, count in zip(line, counts, strict=True) for _ in range(count)]
-        self._cache.place.set(torch.tensor(rows, device=self._device), positions)
-        ends = [end - 1 for end, feed in zip(itertools.accumulate(counts), line, strict=True) if feed.wanted]
-        wanted = torch.tensor(ends, dtype=torch.long, device=self._device)
-        keep = {"logits_to_keep": wanted} if self._kinds.keeps_logits else {}
+        rows = [_row(feed.seat).index for feed in line]
+        groups = self._groups.of(rows, starts, counts, steps, batches)
+        ends = [end - 1 for end in itertools.accumulate(counts)]
+        ids, positions, of_rows, last = self._groups.sent(
+            [token for feed in line for token in feed.tokens],
+            [place for start, count in zip(starts, counts, strict=True) for place in range(start, start + count)],
+            [row for row, count in zip(rows, counts, strict=True) for _ in range(count)],
+            [ends[number] for number in wanted],
+        )
+        self._cache.place.set(of_rows, positions)
+        keep = {"logits_to_keep": last} if self._kinds.keeps_logits else {}
+        logits = self._logits(ids, positions, groups, **keep)
+        return logits if keep else logits[last]
+
+    def _logits(
+        self, ids: torch.Tensor, positions: torch.Tensor, groups: Sequence[Group | Padded], **keep: torch.Tensor
+    ) -> torch.Tensor:
         masks = self._masks if len(self._masks) > 1 else next(iter(self._masks.values()))
         kinds_by_mask = {mask.data_ptr(): kind for kind, mask in self._masks.items()}
         with exchanged(self._config, groups, kinds_by_mask):
@@ -155,41 +198,23 @@ class SlotLoop:
                 attention_mask=masks,
                 **keep,
             ).logits[0]
-        return logits if keep else logits[wanted]
+        return logits
 
-    def _groups(self, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int], steps: int) -> list[Group]:
-        """The steps together, over the whole range that their rows lie in; each piece of a prompt by itself."""
-        groups = []
-        if steps:
-            first, last = min(rows[:steps]), max(rows[:steps])
-            picked = torch.tensor([row - first for row in rows[:steps]], device=self._device)
-            length = min(-(-(max(starts[:steps]) + 1) // BLOCK) * BLOCK, self._capacity)
-            queries = torch.zeros(last + 1 - first, 1, dtype=torch.long, device=self._device)
-            queries[picked, 0] = torch.tensor(starts[:steps], device=self._device)
-            in_order = rows[:steps] == list(range(first, last + 1))
-            masks = self._additive(queries, length)
-            groups.append(Group(slice(0, steps), slice(first, last + 1), length, masks, None if in_order else picked))
-        begin = steps
-        for row, start, count in zip(rows[steps:], starts[steps:], counts[steps:], strict=True):
-            masks = self._additive(self._places[None, start : start + count], start + count)
-            groups.append(Group(slice(begin, begin + count), slice(row, row + 1), start + count, masks))
-            begin += count
-        return groups
+    def _replay(self, steps: Sequence[Feed], wanted: Sequence[int]) -> torch.Tensor | None:
+        """What :meth:`_forward` gives for steps alone; None where there is no graph."""
+        if self.graphs is None or not self.graphs.active or not steps:
+            return None
+        rows = [_row(feed.seat) for feed in steps]
+        shape = self.graphs.shape(len(rows), max(len(row.ids) for row in rows) + 1)
+        self._exchange(self.rows.to_front(rows, shape.rows))
+        tokens = {row.index: (feed.tokens[0], len(row.ids)) for row, feed in zip(rows, steps, strict=True)}
+        return self.graphs.run(shape, tokens, [rows[number].index for number in wanted])
 
-    def _additive(self, positions: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
-        """Masks ``[rows, 1, new tokens, length]`` for new tokens at ``positions`` ``[rows, new tokens]``, by kind."""
-        keys, queries = self._places[:length], positions[:, None, :, None]
-        past = keys <= queries
-        masks = {}
-        for kind, window in self._kinds.windows.items():
-            seen = past
-            if kind == "sliding_attention":
-                seen = past & (keys > queries - window)
-            elif kind == "chunked_attention":
-                seen = past & (keys // window == queries // window)
-            masks[kind] = torch.zeros(seen.shape, dtype=self._model.dtype, device=self._device)
-            masks[kind].masked_fill_(~seen, self._lowest)
-        return masks
+    def _step(self, shape: Shape, inputs: torch.Tensor) -> torch.Tensor:
+        """See :class:`Graphs`."""
+        ids, positions, places, wanted = inputs.unbind()
+        self._cache.place.set(self._indices[: shape.rows], places)
+        return self._logits(ids, positions, [self._groups.first_rows(positions, shape.length)]).index_select(0, wanted)
 
     def leave(self, seat: Seat, spoilt: bool = False) -> None:
         if seat.row is None:
@@ -202,6 +227,10 @@ class SlotLoop:
     def _empty(self, row: Row) -> None:
         self._cache.empty_row(row.index)
         self.rows.empty(row)
+
+    def unread(self, seat: Seat) -> None:
+        """Forget the last token that the seat read."""
+        _row(seat).ids.pop()
 
     def reset(self) -> None:
         """Forget everything, after a pass failed; prompts that were being read are read from their beginning."""
@@ -228,14 +257,15 @@ class SlotDecoder:
         self._passes = passes
         self.loop = loop
         self.places: int | None = places
-        self._pace = Pace(MAX_CHUNK if loop.on_cpu else MAX_CHUNK_GPU)
+        self.pace = Pace(MAX_CHUNK if loop.on_cpu else MAX_CHUNK_GPU)
 
     def __repr__(self) -> str:
         return f"SlotDecoder({self.loop.rows!r})"
 
     @property
     def description(self) -> str:
-        return f"continuous batching ({self.places} at once, {self.loop.limit} tokens each)"
+        graphs = ", CUDA graphs" if self.loop.graphs is not None and self.loop.graphs.active else ""
+        return f"continuous batching ({self.places} at once, {self.loop.limit} tokens each){graphs}"
 
     def ends(self, token: int) -> bool:
         return self._passes.ends(token)
@@ -279,7 +309,7 @@ class SlotDecoder:
     def _shared(self, reading: Sequence[Job], running: Sequence[Job]) -> dict[Job, int | Exception]:
         outcomes: dict[Job, int | Exception] = {}
         ready = [job for job in reading if self._open(job, outcomes)]
-        pieces = self._pieces(ready, self._pace.allowance(len(running), len(ready)))
+        pieces = self._pieces(ready, self.pace.allowance(len(running), len(ready)))
         feeds = [Feed(job.state, job.tokens[-1:]) for job in running]
         feeds += [piece(job.state, most) for job, most in pieces.items()]
         if not feeds:
@@ -291,7 +321,8 @@ class SlotDecoder:
             return outcomes | self._failed(fault, list(pieces), running)
         done = [*running, *(job for job in pieces if not job.state.left)]
         outcomes |= zip(done, self._pick(done, logits), strict=True)
-        self._pace.passed(len(running), sum(pieces.values()), time.perf_counter() - begun)
+        if not self.loop.replayed:  # a replay tells nothing of what a pass with prompts would take without them
+            self.pace.passed(len(running), sum(pieces.values()), time.perf_counter() - begun)
         return outcomes
 
     def _failed(self, fault: Exception, reading: Sequence[Job], running: Sequence[Job]) -> dict[Job, int | Exception]:

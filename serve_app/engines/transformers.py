@@ -1,8 +1,9 @@
 """The engine for Hugging Face models: transformers in a thread of its own.
 
-Options in :attr:`EngineOptions.extra`: ``use_gpu`` (false), ``kv_tokens`` (see :mod:`serve_app.engines.memory`),
-``prompt_timeout_s`` (30: templates and tokenizing), ``quantize`` (none, or "int8": see
-:func:`serve_app.engines.loading.quantize`), ``stall_s`` (600: the longest step that is not a hang).
+Options in :attr:`EngineOptions.extra`: ``use_gpu`` (false), ``cuda_graphs`` (true; for what runs on a GPU:
+:mod:`serve_app.engines.graphs`), ``kv_tokens`` (see :mod:`serve_app.engines.memory`), ``prompt_timeout_s`` (30:
+templates and tokenizing), ``quantize`` (none, or "int8": see :func:`serve_app.engines.loading.quantize`), ``stall_s``
+(600: the longest step that is not a hang).
 
 Usage: ``prompt_tokens`` are all ids that the model reads, placeholders of images included; ``completion_tokens`` are
 all that it made, the token that ended the reply included. A continued reply's own prompt and new tokens only.
@@ -42,7 +43,7 @@ from serve_app.engines.worker import Decoder, Job, Worker
 log = logging.getLogger(__name__)
 
 PROMPT_THREADS = 2
-EXTRA = frozenset({"use_gpu", "kv_tokens", "prompt_timeout_s", "quantize", "stall_s"})
+EXTRA = frozenset({"use_gpu", "cuda_graphs", "kv_tokens", "prompt_timeout_s", "quantize", "stall_s"})
 TEMPLATE_CPU_S = 0.1
 """Processor time that the chat template may take for one short message."""
 TEMPLATE_WAIT_S = 20.0
@@ -201,7 +202,8 @@ def create(info: ModelInfo, options: EngineOptions, on_progress: Progress = no_p
     check_template(prompter)
     try:
         ids = _canary(loaded.tokenizer, loaded.model)
-        decoder = choose(loaded, ids, options.max_concurrency, limit, budget)
+        graphs = bool(extra(options, "cuda_graphs", True))
+        decoder = choose(loaded, ids, options.max_concurrency, limit, budget, graphs)
     except Exception as fault:  # the border to the libraries
         log.exception("trying %s failed", info.id)
         raise translate(fault, "load") from None
