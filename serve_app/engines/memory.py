@@ -16,9 +16,12 @@ from serve_app.domain.errors import InvalidConfig, ModelLoadFailed
 from serve_app.engines.base import EngineOptions
 from serve_app.engines.configs import sections
 from serve_app.engines.files import read_object
+from serve_app.engines.pace import BLOCK
 
 PROCESS_BYTES = 400 * 1024 * 1024
 """A process with torch and transformers that has answered, and shares nothing with others (measured, CPU builds)."""
+GRAPH_BYTES = 256 * 1024 * 1024
+"""What the CUDA graphs of a model's steps hold, their logits included."""
 DEFAULT_CONTEXT = 2048
 KV_TOKENS = 32_768
 """Tokens that all requests of a replica hold together, where neither one context nor the settings need more."""
@@ -129,7 +132,8 @@ def cpu_has_bfloat16() -> bool:
 
 
 def needed_bytes(info: ModelInfo, options: EngineOptions) -> MemoryNeed:
-    """The need of one replica: weights as they will be cast, keys and values of :func:`kv_tokens`, and the process.
+    """The need of one replica: weights as they will be cast, keys and values of :func:`kv_tokens`, and the process
+    (with its CUDA graphs, on a GPU).
 
     Keys and values: 2 · layers · kv_heads · head_dim · item bytes · tokens; layers with a sliding window count like the
     others, since rows keep all tokens (:mod:`serve_app.engines.cache`).
@@ -148,7 +152,11 @@ def needed_bytes(info: ModelInfo, options: EngineOptions) -> MemoryNeed:
     if quantization(options) and info.parameters:
         # A byte each, and the embedding as it was: lookups need it.
         weights = info.parameters + item_bytes * _embedding(config)
-    return MemoryNeed(weights, _kv_bytes(config, item_bytes, kv_tokens(info, options)))
+    tokens, process = kv_tokens(info, options), PROCESS_BYTES
+    if extra(options, "use_gpu", False) and extra(options, "cuda_graphs", True):
+        tokens += BLOCK * (tokens // (context_limit(info, options) or tokens))  # what rows have for graphs to write to
+        process += GRAPH_BYTES
+    return MemoryNeed(weights, _kv_bytes(config, item_bytes, tokens), process)
 
 
 def _kv_bytes(config: Mapping[str, Any], item_bytes: int, tokens: int) -> int:

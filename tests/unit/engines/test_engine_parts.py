@@ -25,6 +25,7 @@ from serve_app.engines.base import Counters, EngineOptions
 from serve_app.engines.discovery import inspect
 from serve_app.engines.faults import Stage, translate
 from serve_app.engines.ledger import Ledger, Line, check_room
+from serve_app.engines.pace import BLOCK
 from serve_app.engines.registry import create
 from tests.unit.engines.model_files import LLAMA, MakeModel
 
@@ -142,6 +143,14 @@ def test_memory_need_by_part(
     need = memory.needed_bytes(info, EngineOptions(**options))
     assert (need.weights, need.kv_cache, need.process) == (134, kv_cache, 400 * 1024 * 1024)
     assert need.total == sum(value for name, value in need.to_json().items() if name != "total")
+
+
+def test_cuda_graphs_need_memory_and_a_place_more_in_each_row(make_model: MakeModel) -> None:
+    info = inspect(make_model("m", files={"config.json": LLAMA}), "m")
+    without = memory.needed_bytes(info, EngineOptions(extra=(("use_gpu", True), ("cuda_graphs", False))))
+    need = memory.needed_bytes(info, EngineOptions(extra=(("use_gpu", True),)))
+    assert need.kv_cache * 512 == without.kv_cache * (512 + BLOCK)
+    assert need.process - without.process == memory.GRAPH_BYTES
 
 
 @pytest.mark.parametrize(
