@@ -77,13 +77,13 @@ async def test_all_that_run_share_one_pass_per_step(make_engine: Make, ask: Ask,
     engine = await make_engine(endless, max_concurrency=4)
     sizes: list[int] = []
     loop = decoder_of(engine).loop
-    original = loop._forward
+    original = loop.run
 
-    def forward(rows: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        sizes.append(len(rows))
-        return original(rows, *args, **kwargs)
+    def run(feeds: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        sizes.append(len(feeds))
+        return original(feeds, *args, **kwargs)
 
-    loop._forward = forward  # type: ignore[method-assign]
+    loop.run = run  # type: ignore[method-assign]
     await asyncio.gather(*(ask(engine, f"Hello {n}", max_tokens=30) for n in range(4)))
     assert sizes.count(4) >= 20 and len(sizes) < 60
 
