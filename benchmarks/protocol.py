@@ -276,9 +276,10 @@ class Result:
 
 
 def command() -> str:
-    """How this program was started, as one would type it."""
-    module = sys.modules["__main__"].__spec__
-    given = [word if word.isprintable() and " " not in word else repr(word) for word in sys.argv[1:]]
+    """How this program was started, as one would type it; where its result went is nobody's concern."""
+    module, words = sys.modules["__main__"].__spec__, sys.argv[1:]
+    words = [word for before, word in zip(["", *words], words, strict=False) if "--out" not in (before, word)]
+    given = [word if word.isprintable() and " " not in word else repr(word) for word in words]
     return " ".join(["python", "-m", module.name if module else sys.argv[0], *given])
 
 

@@ -146,7 +146,9 @@ class Resident:
 
     def busy(self, now: float) -> bool:
         """Whether requests run, have been let in so lately that no heartbeat could tell, or are about to come."""
-        return now < self.used_until or self.running > 0 or any(now < until for until in self.promised.values())
+        if now < self.used_until or self.running > 0:
+            return True
+        return bool(self.promised) and max(self.promised.values()) > now
 
     def fresh_until(self, fresh_s: float) -> float:
         """Until when it is too new to be told to leave."""
