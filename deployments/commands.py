@@ -21,7 +21,7 @@ ACTIONS = (*MODEL_ACTIONS, "set_rotation", "emergency_cleanup")
 
 
 class Commands:
-    """See :meth:`serve_app.gateway.Router.command` for the actions, their arguments and answers.
+    """See :meth:`serve_app.backend.Router.command` for the actions, their arguments and answers.
 
     Args:
         offer: finds models by name.

@@ -140,7 +140,7 @@ def handle_on(entry: Entry) -> Iterator[DeploymentHandle[Any]]:
 
 
 class RouterHandle:
-    """The router deployment as :class:`serve_app.gateway.Router`."""
+    """The router deployment as :class:`serve_app.backend.Router`."""
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
@@ -215,7 +215,7 @@ class _Line:
 
 
 class ModelHandles:
-    """The models' deployments as :class:`serve_app.gateway.Backend`.
+    """The models' deployments as :class:`serve_app.backend.Backend`.
 
     Every request has a call of its own, read by a task of its own; what the calls bring are frames with the items of
     all requests, which the inbox sorts (serve_app.frames).

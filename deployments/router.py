@@ -208,7 +208,7 @@ class Router(Desk):
 
     @answering
     async def command(self, action: str, model: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """See :meth:`serve_app.gateway.Router.command`."""
+        """See :meth:`serve_app.backend.Router.command`."""
         return await self._commands.run(action, model, arguments)
 
     async def __del__(self) -> None:

@@ -1,6 +1,6 @@
 """The way of one request: admit → route → stream → record.
 
-The gateway knows neither Ray nor HTTP. A :class:`Router` says which models may answer, a :class:`Backend` makes
+The gateway knows neither Ray nor HTTP. A router says which models may answer, a backend (:mod:`backend`) makes
 one of them answer, and the surfaces turn what comes out into their own protocols.
 """
 
@@ -14,8 +14,9 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
+from serve_app.backend import Backend, Router
 from serve_app.domain.backoff import Backoff
 from serve_app.domain.breaker import Breakers, Circuit
 from serve_app.domain.catalog import Entry
@@ -27,15 +28,12 @@ from serve_app.domain.errors import (
     QueueFull,
     ReplicaRetired,
     RotundaError,
-    error_from_dict,
 )
 from serve_app.domain.events import Loading, Queued, Switched
-from serve_app.domain.fleet import FleetView
 from serve_app.domain.generation import Accepted, Delta, Finish, GenerationRequest, Item, Timing
-from serve_app.domain.leasing import Orders, Report
-from serve_app.domain.rotation_view import HISTORY, RotationView
 from serve_app.domain.routing import Admission, Ask, Candidate, Granted, Lease, Waiting
 from serve_app.domain.transcript import Part, Transcript, detour, final, worse
+from serve_app.fullness import Fullness
 from serve_app.leases import Leases, RouterAway
 from serve_app.telemetry.recording import Record
 from serve_app.telemetry.tracing import Trail, unquoted
@@ -45,54 +43,8 @@ logger = logging.getLogger(__name__)
 
 RETIRED_S = 0.1
 """Pause after a replica said that it is leaving: the router may not have heard of it yet."""
-FULL_S = 0.2
-"""A model whose line was full is taken for full until a request that this gateway sent there ends, and no longer than
-this: other gateways fill and empty the line too."""
 MOST_RETIREMENTS = 20
 """So often a request may meet a model that is leaving; more of that is a fault."""
-
-
-class Router(Protocol):
-    """Decides; holds the fleet's state."""
-
-    async def admit(self, ask: Ask) -> Admission: ...
-
-    async def cancel(self, ticket: str) -> None:
-        """Forget a ticket that was answered with :class:`Waiting`."""
-        ...
-
-    async def sync(self, report: Report) -> Orders:
-        """Which leases this gateway uses and gives up; the answer may take half a second to come."""
-        ...
-
-    async def view(self) -> FleetView: ...
-
-    async def rotation(self, history: int = HISTORY) -> RotationView:
-        """What holds memory, who waits, and the last ``history`` decisions."""
-        ...
-
-    async def command(self, action: str, model: str = "", **arguments: Any) -> dict[str, Any]:
-        """Act for an operator; the answer is JSON values.
-
-        * ``load``, ``unload``, ``pin`` (``pinned``: bool) a model: ``{model, state, reason}`` as it is right after.
-        * ``plan`` a model without acting: the fields of ``Plan.to_json`` (``verdict`` is resident, loading, fits,
-          evicts, waits, never_fits or refused) and ``bytes``, what it needs part by part.
-        * ``set_rotation`` (``add``, ``remove``: lists of names): which models may be used at all; ``{removed}``.
-        * ``emergency_cleanup``: every idle unpinned model leaves now; ``{evicting}``.
-
-        Raises:
-            ModelNotFound, ModelAmbiguous: as ever.
-            InvalidInput: no such action, or it contradicts a pin.
-        """
-        ...
-
-
-class Backend(Protocol):
-    """Makes one model answer."""
-
-    def stream(self, entry: Entry, request: GenerationRequest, epoch: int) -> AsyncGenerator[Item, None]: ...
-
-    async def embed(self, entry: Entry, request: EmbeddingRequest, epoch: int) -> Embeddings: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +109,7 @@ class Gateway:
         self._clock = clock
         self._grants: dict[tuple[Any, ...], tuple[int, Granted]] = {}
         """What was granted for which question, and of which catalogue; good as long as there is a lease on it."""
-        self._full: dict[str, tuple[float, QueueFull]] = {}
-        """Models whose line is full: until when that is believed, and how the model said it."""
+        self._fullness = Fullness(clock, self.leases.running)
 
     async def admit(self, ask: Ask, trail: Trail | None = None) -> Admission:
         """The router's answer; without a call when there is a live lease. Raises what makes the request impossible,
@@ -166,14 +117,8 @@ class Gateway:
         with (trail or Trail.quiet()).phase("gateway.admit"):
             admission = await self._admit(ask)
             if isinstance(admission, Granted) and len(admission.route.candidates) == 1:
-                self._check_room(admission.route.first.entry)
+                self._fullness.check(admission.route.first.entry.full_name)  # nothing is stored yet
             return admission
-
-    def _check_room(self, entry: Entry) -> None:
-        """Refuse what the model would refuse, while it is cheap: nothing is stored yet, and nobody is called."""
-        until, refusal = self._full.get(entry.full_name, (0.0, None))
-        if refusal is not None and self._clock() < until and self.leases.running(entry.full_name):
-            raise error_from_dict(refusal.to_dict())
 
     async def _admit(self, ask: Ask) -> Admission:
         key = (ask.model, ask.needs, ask.fallbacks)
@@ -343,7 +288,7 @@ class Gateway:
                         async for step in steps:
                             yield step
                     self._breakers.succeeded(candidate.entry)
-                    self._full.pop(candidate.entry.full_name, None)
+                    self._fullness.left(candidate.entry.full_name)
                     return
                 except RotundaError as error:
                     left += isinstance(error, ReplicaRetired)
@@ -355,7 +300,7 @@ class Gateway:
                         raise failure from None
                 except (asyncio.CancelledError, GeneratorExit):
                     self._breakers.released(candidate.entry)
-                    self._full.pop(candidate.entry.full_name, None)
+                    self._fullness.left(candidate.entry.full_name)
                     raise
                 logger.warning("attempt %d on %s failed: %s", len(transcript.parts), candidate.name, unquoted(failure))
                 switch = switch if news else None  # what is left there was not told
@@ -390,11 +335,11 @@ class Gateway:
         """Record a failed attempt; the seconds until the next one on the same candidate, None for no more."""
         error.provider = error.provider or candidate.entry.provider
         now, name = self._clock(), candidate.entry.full_name
-        if not isinstance(error, QueueFull):
+        if isinstance(error, QueueFull):
+            self._fullness.refused(name, error)
+        else:
             self.leases.drop(name)
-            self._full.pop(name, None)
-        elif now >= self._full.get(name, (0.0, None))[0]:
-            self._full[name] = now + FULL_S, error
+            self._fullness.left(name)
         # The tries of one request are one failure, and a router that is away is nobody's.
         if failures == 1 and not isinstance(error, RouterAway):
             self._breakers.failed(candidate.entry, error, now, since)
@@ -412,7 +357,7 @@ class Gateway:
 
     async def _stream(self, candidate: Candidate, transcript: Transcript, record: Record) -> AsyncGenerator[Step, None]:
         """Stream one candidate's items, each within its time, and record when they came."""
-        self._check_room(candidate.entry)
+        self._fullness.check(candidate.entry.full_name)
         request = transcript.attempt(candidate.entry)
         if not candidate.resident:
             yield Loading(candidate.name)

@@ -28,6 +28,8 @@ from benchmarks.wire import exchange, now
 
 MODELS = ("bench/a", "bench/b", "bench/c")
 LEAVE, FAIL = 0.15, 0.05
+SHOWN = 12
+"""Processes whose memory the plot shows: those that grew most."""
 SETTLED = 1 / 3
 """Of the time, at the beginning, that does not count: caches fill and processes start."""
 
@@ -134,8 +136,10 @@ def main() -> None:
         every_s = max(1.0, seconds / 400)
         diary = asyncio.run(run(server, server.cluster.home, seconds, given.rate, given.seed, every_s))
     result.rows += rows(diary, seconds)
-    titles = sorted(diary.rss, key=lambda name: -len(diary.rss[name]))[:12]
+    lived = settled(diary.rss, seconds)
+    titles = sorted(lived, key=lambda name: -slope(lived[name]))[:SHOWN]
     result.details |= {
+        "growth": {name: slope(lived[name]) * 3600 / 2**20 for name in titles},
         "series": {name: [list(point) for point in diary.rss[name]] for name in titles},
         "store": [list(point) for point in diary.store],
         "outcomes": diary.outcomes,

@@ -28,7 +28,8 @@ from serve_app.domain.leasing import Orders
 from serve_app.domain.leasing import Report as HolderReport
 from serve_app.domain.rotation_view import HISTORY, RotationView
 from serve_app.domain.routing import Admission, Ask, Candidate, Granted, Lease, Route, Waiting
-from serve_app.gateway import FULL_S, Completed, Gateway, Limits, Step
+from serve_app.fullness import FULL_S
+from serve_app.gateway import Completed, Gateway, Limits, Step
 
 Script = Callable[[GenerationRequest], AsyncGenerator[Item, None]]
 FINISH = Finish(FinishReason.STOP, Usage(1, 2))
