@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from ray.serve.exceptions import DeploymentUnavailableError
+
 from deployments.applications import Applications
 from deployments.demand import demand_of
 from deployments.handles import Failure, handle_on, translate
@@ -107,14 +109,21 @@ class Effects:
             memory = await asyncio.to_thread(demand_of, args, entry.info)
             update = {"memory_bytes": int(memory.memory) or None}
             await self._applications.put_up(entry, args.model_copy(update=update))
+        try:
+            answer = await self._warm(entry)
+        except DeploymentUnavailableError:  # the handle was to an application that has been put up anew since
+            answer = await self._warm(entry)
+        if isinstance(answer, Failure):
+            raise error_from_dict(answer.error)
+
+    async def _warm(self, entry: Entry) -> Any:
+        """Have Serve start a replica; returns once it is loaded."""
         with handle_on(entry) as handle:
             while True:
                 answer = await handle.warm.remote()
                 if answer is not False:
-                    break
+                    return answer
                 await asyncio.sleep(AGAIN_S)
-        if isinstance(answer, Failure):
-            raise error_from_dict(answer.error)
 
     async def _load_remote(self, entry: Entry) -> None:
         await self._offer.remotes.command("load", entry)

@@ -10,7 +10,7 @@ import pytest
 from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
 
 from deployments import handles
-from deployments.handles import IDLE_HANDLE_S, ModelHandles
+from deployments.handles import IDLE_HANDLE_S, ModelHandles, handle_on
 from serve_app.domain.catalog import Entry
 from serve_app.domain.errors import ProviderUnavailable
 from serve_app.domain.generation import Accepted, Delta, Finish, FinishReason, GenerationRequest, Item, Message, Usage
@@ -126,3 +126,25 @@ async def test_an_idle_handle_is_shut(made: list[Handle], monkeypatch: pytest.Mo
         await models.sweep()
     await settled()
     assert made[0].shut
+
+
+async def test_calls_now_and_then_share_a_handle_until_it_is_idle_or_of_no_use(
+    made: list[Handle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handles, "_kept", {})
+    monkeypatch.setattr(handles, "IDLE_HANDLE_S", 0.05)
+    with handle_on(ENTRY) as outer, handle_on(ENTRY) as inner:
+        assert outer is inner and len(made) == 1
+        await asyncio.sleep(0.1)
+        await settled()
+        assert not made[0].shut  # it is in use, however long
+    with pytest.raises(DeploymentUnavailableError), handle_on(ENTRY):
+        raise DeploymentUnavailableError("it")
+    await settled()
+    assert made[0].shut
+    with handle_on(ENTRY) as again:
+        assert again is made[1]  # type: ignore[comparison-overlap]
+    async with asyncio.timeout(5):
+        while not made[1].shut:  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0.01)
+    assert not handles._kept
