@@ -211,7 +211,7 @@ _kept: dict[str, _Line] = {}
 @contextlib.contextmanager
 def handle_on(entry: Entry) -> Iterator[DeploymentHandle[Any]]:
     """A handle for a call to a model's deployment now and then. It is kept for the next call for a while: each one that
-    is made leaves something behind, in this process and in Serve's controller (some 200 KiB in each, in Ray 2.60)."""
+    is made leaves something behind, in this process and in Serve's controller, also when it is shut (Ray 2.60)."""
     application = entry.application
     line = _kept.get(application)
     if line is None:
