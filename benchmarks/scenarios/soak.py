@@ -42,11 +42,13 @@ class Diary:
     fds: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     store: list[tuple[float, float]] = field(default_factory=list)
     outcomes: dict[str, int] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+    """What each process is called here: by its first title, since Ray changes titles."""
 
     def look(self, server: Server, home: Path, at: float) -> None:
         for pid, use in use_of(server.processes()).items():
-            # A model's process ends when it rotates out: its title and number tell it from its successor.
-            name = f"{use.name} {pid}"
+            # A model's process ends when it rotates out: its number tells it from its successor.
+            name = self.names.setdefault(pid, f"{use.name} {pid}")
             self.rss.setdefault(name, []).append((at, float(use.rss)))
             self.fds.setdefault(name, []).append((at, float(use.fds)))
         size = sum(path.stat().st_size for path in home.rglob("*.db*") if path.is_file())
