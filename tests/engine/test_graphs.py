@@ -155,16 +155,22 @@ def test_replayed_steps_and_padded_prompts_get_the_tokens_of_generate(family: st
         assert any(replayed) and "CUDA graphs" in decoder.description
 
 
+def unread(model: Any, pads: bool) -> tuple[SlotLoop, list[Seat]]:
+    """A loop with all texts seated and none read."""
+    loop = loop_of(model)
+    loop.pads = pads
+    seats = [Seat(list(text), len(text)) for text in TEXTS]
+    for seat in seats:
+        loop.sit(seat)
+    return loop, seats
+
+
 def test_padded_prompts_are_read_as_each_alone(device: str) -> None:
     model = model_of(RUN["gemma3"]()).to(device)
     with torch.inference_mode():
         found = []
         for pads in (True, False):
-            loop = loop_of(model)
-            loop.pads = pads
-            seats = [Seat(list(text), len(text)) for text in TEXTS]
-            for seat in seats:
-                loop.sit(seat)
+            loop, seats = unread(model, pads)
             loop.run([piece(seats[3], 30)])
             feeds = [piece(seat, seat.left) for seat in seats]
             assert len(loop._batches(feeds)) == (1 if pads else 4)
@@ -177,11 +183,7 @@ def test_padded_prompts_need_not_lie_side_by_side(device: str) -> None:
     with torch.inference_mode():
         found = []
         for pads in (True, False):
-            loop = loop_of(model)
-            loop.pads = pads
-            seats = [Seat(list(text), len(text)) for text in TEXTS]
-            for seat in seats:
-                loop.sit(seat)
+            loop, seats = unread(model, pads)
             loop.leave(seats.pop(1))
             found.append(loop.run([piece(seat, seat.left) for seat in seats]))
     assert found[0].argmax(-1).equal(found[1].argmax(-1)) and close(*found)
