@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import Any
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
 
 from deployments import handles
+from deployments.effects import Effects
 from deployments.handles import IDLE_HANDLE_S, ModelHandles, handle_on
 from serve_app.domain.catalog import Entry
 from serve_app.domain.errors import ProviderUnavailable
@@ -148,3 +151,24 @@ async def test_calls_now_and_then_share_a_handle_until_it_is_idle_or_of_no_use(
         while not made[1].shut:  # noqa: ASYNC110 - nothing tells
             await asyncio.sleep(0.01)
     assert not handles._kept
+
+
+async def test_a_load_over_a_handle_to_what_has_gone_is_made_over_a_new_one(
+    made: list[Handle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Waking:
+        async def remote(self) -> bool:
+            if len(made) == 1:
+                raise DeploymentUnavailableError("it")
+            return True
+
+    monkeypatch.setattr(handles, "_kept", {})
+    monkeypatch.setattr(Handle, "warm", Waking(), raising=False)
+    told: list[Any] = []
+    entry = replace(ENTRY, declared=True)
+    offer = cast(Any, SimpleNamespace(by_name={entry.full_name: entry}))
+    effects = Effects(offer, cast(Any, None), told.append, lambda application: False)
+    effects.load(entry.full_name)
+    await settled()
+    assert not effects.loading and not told  # a failure would have been told
+    assert [handle.shut for handle in made] == [True, False]
