@@ -260,7 +260,7 @@ def in_replica(tracing: Tracing, request: Request, model: str, remote: bool = Fa
     """
     work = "generate" if isinstance(request, GenerationRequest) else "embed"
     trail = tracing.continued(f"{work} {model}", request.trace, sent=request.trace.get(SENT))
-    began, offset_ns = time.monotonic(), time.time_ns() - time.monotonic_ns()
+    offset_ns, began = _epoch_offset_ns(), time.monotonic()
     about(trace_id=trail.trace_id, model=model)
     marks = Marks()
     failure: BaseException | None = None
@@ -273,6 +273,17 @@ def in_replica(tracing: Tracing, request: Request, model: str, remote: bool = Fa
         for name, start, end in _phases(marks, began, time.monotonic(), remote):
             trail.past(name, int(start * 1e9) + offset_ns, int(end * 1e9) + offset_ns)
         trail.end(failure)
+
+
+def _epoch_offset_ns() -> int:
+    """What the monotonic clock lacks to tell nanoseconds since the epoch.
+
+    A thread that loses the processor between two readings would shift every phase by that time: hence the closest
+    two of a few.
+    """
+    readings = ((time.monotonic_ns(), time.time_ns(), time.monotonic_ns()) for _ in range(3))
+    before, epoch, after = min(readings, key=lambda reading: reading[2] - reading[0])
+    return epoch - (before + after) // 2
 
 
 class Load:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
+from types import SimpleNamespace
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -13,6 +15,8 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from serve_app.domain.conversation import TerminationReason
 from serve_app.domain.errors import DeadlineExceeded, InvalidInput, ProviderError, RotundaError
+from serve_app.domain.generation import GenerationRequest, Message, Text
+from serve_app.telemetry import recording
 from serve_app.telemetry.metrics import Totals
 from serve_app.telemetry.pipeline import Counted, Outgoing
 from serve_app.telemetry.propagation import TraceContext
@@ -226,3 +230,28 @@ def test_what_goes_on_with_a_trace_is_recorded_when_that_was(monkeypatch: pytest
     assert all(row.trace_id != CALLER.trace_id for row in rows.values())
     tracing.alone("another").end()
     assert not ended(tracing)
+
+
+@pytest.mark.parametrize("late", [0, 1, 2])
+def test_phases_stay_in_their_span_when_the_thread_loses_the_processor_between_two_clocks(
+    tracing: Tracing, monkeypatch: pytest.MonkeyPatch, late: int
+) -> None:
+    readings = iter(range(100))
+
+    def time_ns() -> int:
+        now = time.time_ns()
+        if next(readings) == late:
+            time.sleep(0.002)
+        return now
+
+    clocks = {"time_ns": time_ns, "monotonic_ns": time.monotonic_ns, "monotonic": time.monotonic}
+    monkeypatch.setattr(recording, "time", SimpleNamespace(**clocks))
+    asked = tracing.serve("ask", None, trust=False)
+    hi = (Message("user", (Text("hi"),)),)
+    given = GenerationRequest(request_id="r", model="m", messages=hi, trace=asked.carrier())
+    with recording.in_replica(tracing, given, "m") as request:
+        request.marks.started = request.marks.first = time.monotonic()
+    rows = ended(tracing)
+    whole = rows["generate m"]
+    for phase in ("engine.queue", "prefill", "decode"):
+        assert whole.start_ns <= rows[phase].start_ns <= rows[phase].end_ns <= whole.end_ns, phase
