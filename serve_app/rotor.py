@@ -129,12 +129,11 @@ class Rotor:
         """The answer to a request, or what there is to say while it waits."""
         known = self._tickets.setdefault(request.ticket, _Ticket(request, 0.0))
         known.request, known.asked_after_at = request, self._clock()
-        grant = known.answer
-        if isinstance(grant, Grant) and request.lease:
-            known.answer = None  # it was granted while nobody asked, and may have lost its model since
-            self.tell(Claimed(request, grant.model, grant.reason))
-        elif grant is None:
+        if known.answer is None:
             self.tell(request)
+        while isinstance(grant := known.answer, Grant) and request.lease and grant.lease is None:
+            known.answer = None  # a promise, of now or of long ago: the model may have left since
+            self.tell(Claimed(request, grant.model, grant.reason))
         if known.answer is not None:
             del self._tickets[request.ticket]
             return known.answer

@@ -11,7 +11,7 @@ from serve_app.domain.errors import ModelNotFound
 from serve_app.domain.leasing import Orders, Report
 from serve_app.domain.rotation import Rotation
 from serve_app.domain.rotation_effects import Effect, Grant, Load, Notify, Refuse, Retire
-from serve_app.domain.rotation_events import CapacityChanged, Gone, Heartbeat, Registered, Request, Tick
+from serve_app.domain.rotation_events import Acknowledged, CapacityChanged, Gone, Heartbeat, Registered, Request, Tick
 from serve_app.domain.routing import Admission, Ask, Candidate, Granted, Lease, Route, Waiting
 from serve_app.leases import Leases, RouterAway
 from serve_app.rotor import HOLD_S, Rotor
@@ -21,10 +21,10 @@ from tests.unit.domain.rotation_world import QUICK, model, nodes
 class Fleet:
     """Replicas that load as soon as they are asked to and leave as soon as they are told; a rotor above them."""
 
-    def __init__(self, *names: str, room: float = 1) -> None:
+    def __init__(self, *names: str, room: float = 1, echo_s: float = 0.0) -> None:
         self.now = 100.0
         self.effects: list[Effect] = []
-        limits = replace(QUICK, settle_s=0.05, ticket_ttl_s=15.0)
+        limits = replace(QUICK, settle_s=0.05, echo_s=echo_s, ticket_ttl_s=15.0)
         self.rotor = Rotor(Rotation(self.now, limits), self._perform, lambda: self.now)
         for name in names:
             self.rotor.tell(Registered(model(name)))
@@ -153,6 +153,24 @@ async def test_a_grant_that_nobody_came_for_lapses_and_the_request_waits_again_w
     assert fleet.kinds() == [("Load", "A"), ("Retire", "A"), ("Load", "B"), ("Retire", "B"), ("Load", "A")]
     for task in (keeping, late_keeping):
         task.cancel()
+
+
+async def test_a_model_that_turns_out_to_stay_at_the_moment_of_a_request_is_granted_with_a_lease() -> None:
+    fleet = Fleet("A", "B", echo_s=0.5)
+    first, other, last = (Leases(fleet, name, lambda: fleet.now) for name in ("g1", "g2", "g3"))
+    keeping = asyncio.create_task(first.keep())
+    await wait_for(first, Ask("t1", "A"))
+    keeping.cancel()
+    fleet.now += 0.1
+    assert isinstance(await other.ask(Ask("t2", "B")), Waiting)
+    leaving = fleet.rotor.rotation.state.residency.residents["A"]
+    assert leaving.retirement is not None
+    fleet.rotor.tell(Acknowledged("g1", "A", leaving.retirement.revoked, in_flight=1))
+    assert leaving.leaving, "what the replica says is not known yet"
+    fleet.now += 0.9
+    granted = await last.ask(Ask("t3", "A"))  # before any tick: with it time passes for the rotation, too
+    assert isinstance(granted, Granted) and last.live("A") == granted.lease
+    assert ("Retire", "A") not in fleet.kinds()
 
 
 async def test_a_grant_that_arrives_after_its_lease_was_given_up_gives_no_right_to_call() -> None:
