@@ -12,7 +12,22 @@ from hypothesis import strategies as st
 
 from serve_app.domain.errors import GenerationFailed, Internal, ProviderUnavailable
 from serve_app.domain.generation import Accepted, Delta, Finish, FinishReason, Item, Usage
-from serve_app.frames import AHEAD, FEW, Broken, Frame, Inbox, Mailbox, Outbox, Piece, merged, pack, unpack
+from serve_app.frames import (
+    AHEAD,
+    FEW,
+    HELD,
+    MANY,
+    TURNS,
+    Broken,
+    Frame,
+    Inbox,
+    Mailbox,
+    Outbox,
+    Piece,
+    merged,
+    pack,
+    unpack,
+)
 
 FINISH = Finish(FinishReason.STOP, Usage(1, 3))
 DELTAS = [Delta("a", (1,)), Delta("b", (2,)), Delta("c", (3,))]
@@ -192,6 +207,53 @@ async def test_closing_a_call_closes_its_source_and_promotes_the_next() -> None:
     assert {piece.stream for piece in await waiting} == {"b"}
     await other.aclose()
     assert outbox.empty
+
+
+def step(number: int, streams: int) -> Frame:
+    """A frame with one token of each stream; the first step's is the first of all."""
+    return tuple(Piece(f"s{n}", number, (Delta(f"{number} ", (number,)),)) for n in range(streams))
+
+
+async def test_a_first_token_is_read_at_once_and_many_later_ones_after_a_few_turns_of_an_idle_loop() -> None:
+    inbox = Inbox()
+    reads = [aiter(inbox.open(f"s{n}")) for n in range(MANY)]
+    turns: list[int] = []
+    for number in range(3):
+        waiting = asyncio.gather(*(anext(read) for read in reads))
+        await asyncio.sleep(0)
+        inbox.deliver(step(number, MANY))
+        turns.append(0)
+        while not waiting.done():
+            await asyncio.sleep(0)
+            turns[-1] += 1
+        assert await waiting == [Delta(f"{number} ", (number,))] * MANY
+    assert turns[1] == turns[2] == turns[0] + TURNS
+
+
+async def test_frames_that_lie_there_are_read_together_up_to_a_few() -> None:
+    inbox = Inbox()
+    mailboxes = [inbox.open(f"s{n}") for n in range(MANY)]
+    reads = [aiter(mailbox) for mailbox in mailboxes]
+    inbox.deliver(step(0, MANY))
+    await asyncio.gather(*(anext(read) for read in reads))
+    waiting = asyncio.gather(*(anext(read) for read in reads))
+    await asyncio.sleep(0)
+    for number in range(1, HELD + 1):
+        inbox.deliver(step(number, MANY))
+    together = tuple(range(1, HELD + 1))
+    assert {delta.token_ids for delta in await waiting if isinstance(delta, Delta)} == {together}
+
+
+async def test_a_few_streams_never_wait_for_the_next_frame() -> None:
+    inbox = Inbox()
+    reads = [aiter(inbox.open(f"s{n}")) for n in range(MANY - 1)]
+    inbox.deliver(step(0, MANY - 1))
+    await asyncio.gather(*(anext(read) for read in reads))
+    waiting = asyncio.gather(*(anext(read) for read in reads))
+    await asyncio.sleep(0)
+    inbox.deliver(step(1, MANY - 1))
+    assert all(mailbox._changed is None or mailbox._changed.done() for mailbox in inbox._mailboxes.values())
+    await waiting
 
 
 async def test_a_missing_piece_ends_the_stream_with_an_error_when_its_call_is_over() -> None:
