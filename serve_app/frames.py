@@ -37,7 +37,7 @@ AHEAD = 64
 holds more of one stream than its neighbours can wait for."""
 FEW = 16
 """Pieces of one stream that one frame sends again, for the same reason."""
-MANY = 8
+MANY = 16
 """Streams in a frame from which on the receiving side lets them wait a little for the next frame."""
 TURNS = 2
 """Turns of the event loop that they wait: microseconds when it is idle, and the longer the busier it is."""
