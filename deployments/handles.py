@@ -36,7 +36,8 @@ from serve_app.domain.generation import Finish, GenerationRequest, Item
 from serve_app.domain.leasing import Orders, Report
 from serve_app.domain.rotation_view import HISTORY, RotationView
 from serve_app.domain.routing import Admission, Ask
-from serve_app.frames import Inbox, Mailbox, unpack
+from serve_app.frames import unpack
+from serve_app.inbox import Inbox, Mailbox
 from serve_app.leases import RouterAway
 from serve_app.telemetry.spans import SpanRow
 
@@ -241,7 +242,7 @@ class ModelHandles:
     """The models' deployments as :class:`serve_app.backend.Backend`.
 
     Every request has a call of its own, read by a task of its own; what the calls bring are frames with the items of
-    all requests, which the inbox sorts (serve_app.frames).
+    all requests, which the inbox sorts (serve_app.inbox).
 
     Args:
         ingress: this ingress, unique among all of them.

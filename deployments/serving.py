@@ -12,7 +12,8 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.domain.errors import Internal, RotundaError
 from serve_app.domain.generation import Item
-from serve_app.frames import Outbox, pack
+from serve_app.frames import pack
+from serve_app.outbox import Outbox
 
 logger = logging.getLogger(__name__)
 

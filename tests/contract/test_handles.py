@@ -17,7 +17,8 @@ from deployments.handles import IDLE_HANDLE_S, ModelHandles, handle_on
 from serve_app.domain.catalog import Entry
 from serve_app.domain.errors import ProviderUnavailable
 from serve_app.domain.generation import Accepted, Delta, Finish, FinishReason, GenerationRequest, Item, Message, Usage
-from serve_app.frames import Outbox, pack
+from serve_app.frames import pack
+from serve_app.outbox import Outbox
 
 ENTRY = Entry("tiny", "huggingface", "model-tiny", "model")
 REQUEST = GenerationRequest("r", "tiny", (Message.of("user", "hi"),))

@@ -12,22 +12,9 @@ from hypothesis import strategies as st
 
 from serve_app.domain.errors import GenerationFailed, Internal, ProviderUnavailable
 from serve_app.domain.generation import Accepted, Delta, Finish, FinishReason, Item, Usage
-from serve_app.frames import (
-    AHEAD,
-    FEW,
-    HELD,
-    MANY,
-    TURNS,
-    Broken,
-    Frame,
-    Inbox,
-    Mailbox,
-    Outbox,
-    Piece,
-    merged,
-    pack,
-    unpack,
-)
+from serve_app.frames import Broken, Frame, Piece, merged, pack, unpack
+from serve_app.inbox import HELD, MANY, TURNS, Inbox, Mailbox
+from serve_app.outbox import AHEAD, FEW, Outbox
 
 FINISH = Finish(FinishReason.STOP, Usage(1, 3))
 DELTAS = [Delta("a", (1,)), Delta("b", (2,)), Delta("c", (3,))]
