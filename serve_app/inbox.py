@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 
 from serve_app.domain.errors import ProviderUnavailable, error_from_dict
-from serve_app.domain.generation import Item
+from serve_app.domain.generation import Delta, Item
 from serve_app.frames import Broken, Frame, Piece, is_last, merged
 
 MANY = 16
@@ -31,11 +31,8 @@ class Mailbox:
         self._failure: BaseException | None = None
         self._deadline: float | None = None
         self._changed: asyncio.Future[None] | None = None
-
-    @property
-    def begun(self) -> bool:
-        """Whether anything has come."""
-        return self._next_seq > 0
+        self.speaks = False
+        """Whether its first token has come."""
 
     def deliver(self, piece: Piece) -> None:
         """Take a piece, whole or in part known already, in order or not."""
@@ -48,7 +45,9 @@ class Mailbox:
             if number >= self._next_seq:
                 self._early[number] = item
         while self._next_seq in self._early:
-            self._items.append(self._early.pop(self._next_seq))
+            item = self._early.pop(self._next_seq)
+            self._items.append(item)
+            self.speaks = self.speaks or isinstance(item, Delta)
             self._next_seq += 1
 
     def fail(self, error: BaseException) -> None:
@@ -98,7 +97,7 @@ class Inbox:
 
     A stream costs the more the more often it is woken. So when a frame wakes many, they wait for a few turns of the
     event loop, and what frames bring meanwhile comes with it: nothing when the loop is idle, several frames when it
-    lags. A stream's first piece is never held.
+    lags. A stream's first token is never held.
     """
 
     def __init__(self) -> None:
@@ -126,7 +125,7 @@ class Inbox:
             mailbox = self._mailboxes.get(piece.stream)
             if mailbox is None:
                 continue
-            if mailbox.begun and len(frame) >= MANY:
+            if mailbox.speaks and len(frame) >= MANY:
                 mailbox.take(piece)
                 self._waiting.add(mailbox)
             else:

@@ -197,50 +197,50 @@ async def test_closing_a_call_closes_its_source_and_promotes_the_next() -> None:
 
 
 def step(number: int, streams: int) -> Frame:
-    """A frame with one token of each stream; the first step's is the first of all."""
-    return tuple(Piece(f"s{n}", number, (Delta(f"{number} ", (number,)),)) for n in range(streams))
+    """A frame with the next item of each stream: what was read of its prompt, then a token at a time."""
+    item = Delta(f"{number} ", (number,)) if number else Accepted(1)
+    return tuple(Piece(f"s{n}", number, (item,)) for n in range(streams))
 
 
-async def test_a_first_token_is_read_at_once_and_many_later_ones_after_a_few_turns_of_an_idle_loop() -> None:
+async def turns_until(done: asyncio.Future[object]) -> int:
+    turns = 0
+    while not done.done():
+        await asyncio.sleep(0)
+        turns += 1
+    return turns
+
+
+@pytest.mark.parametrize(("streams", "waits"), [(MANY, TURNS), (MANY - 1, 0)])
+async def test_only_many_streams_wait_a_few_turns_of_an_idle_loop_and_never_for_a_first_token(
+    streams: int, waits: int
+) -> None:
+    inbox = Inbox()
+    reads = [aiter(inbox.open(f"s{n}")) for n in range(streams)]
+    turns: list[int] = []
+    for number in range(4):
+        waiting = asyncio.gather(*(anext(read) for read in reads))
+        await asyncio.sleep(0)
+        inbox.deliver(step(number, streams))
+        turns.append(await turns_until(waiting))
+        assert await waiting == [step(number, streams)[0].items[0]] * streams
+    assert turns == [turns[0], turns[0], turns[0] + waits, turns[0] + waits]
+
+
+@pytest.mark.parametrize(("frames", "waits"), [(HELD - 1, TURNS), (HELD, 0)])
+async def test_frames_that_lie_there_are_read_together_and_at_once_when_they_are_enough(
+    frames: int, waits: int
+) -> None:
     inbox = Inbox()
     reads = [aiter(inbox.open(f"s{n}")) for n in range(MANY)]
     turns: list[int] = []
-    for number in range(3):
+    for numbers in ((0,), (1,), tuple(range(2, 2 + frames))):
         waiting = asyncio.gather(*(anext(read) for read in reads))
         await asyncio.sleep(0)
-        inbox.deliver(step(number, MANY))
-        turns.append(0)
-        while not waiting.done():
-            await asyncio.sleep(0)
-            turns[-1] += 1
-        assert await waiting == [Delta(f"{number} ", (number,))] * MANY
-    assert turns[1] == turns[2] == turns[0] + TURNS
-
-
-async def test_frames_that_lie_there_are_read_together_up_to_a_few() -> None:
-    inbox = Inbox()
-    mailboxes = [inbox.open(f"s{n}") for n in range(MANY)]
-    reads = [aiter(mailbox) for mailbox in mailboxes]
-    inbox.deliver(step(0, MANY))
-    await asyncio.gather(*(anext(read) for read in reads))
-    waiting = asyncio.gather(*(anext(read) for read in reads))
-    await asyncio.sleep(0)
-    for number in range(1, HELD + 1):
-        inbox.deliver(step(number, MANY))
-    together = tuple(range(1, HELD + 1))
-    assert {delta.token_ids for delta in await waiting if isinstance(delta, Delta)} == {together}
-
-
-async def test_a_few_streams_never_wait_for_the_next_frame() -> None:
-    inbox = Inbox()
-    reads = [aiter(inbox.open(f"s{n}")) for n in range(MANY - 1)]
-    inbox.deliver(step(0, MANY - 1))
-    await asyncio.gather(*(anext(read) for read in reads))
-    waiting = asyncio.gather(*(anext(read) for read in reads))
-    await asyncio.sleep(0)
-    inbox.deliver(step(1, MANY - 1))
-    assert all(mailbox._changed is None or mailbox._changed.done() for mailbox in inbox._mailboxes.values())
-    await waiting
+        for number in numbers:
+            inbox.deliver(step(number, MANY))
+        turns.append(await turns_until(waiting))
+    assert await waiting == [Delta("".join(f"{number} " for number in numbers), numbers)] * MANY
+    assert turns[2] == turns[0] + waits
 
 
 async def test_a_missing_piece_ends_the_stream_with_an_error_when_its_call_is_over() -> None:
