@@ -10,7 +10,8 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.applications import Applications
 from deployments.demand import demand_of
-from deployments.handles import Failure, handle_on, translate
+from deployments.handles import Failure, translate
+from deployments.lines import Lines
 from deployments.offer import Offer
 from serve_app.domain.catalog import Entry, ModelState
 from serve_app.domain.errors import ModelNotFound, error_from_dict
@@ -49,6 +50,7 @@ class Effects:
         self._tell = tell
         self._loaded = loaded
         self._evicted = evicted
+        self._lines = Lines()
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.counts: Counter[str] = Counter()
@@ -118,7 +120,7 @@ class Effects:
 
     async def _warm(self, entry: Entry) -> Any:
         """Have Serve start a replica; returns once it is loaded."""
-        with handle_on(entry) as handle:
+        with self._lines.calling(entry) as handle:
             while True:
                 answer = await handle.warm.remote()
                 if answer is not False:
@@ -139,7 +141,7 @@ class Effects:
                 self._tell(Gone(effect.model))
             elif self._loaded(entry.application):
                 # Only replicas that run hear a broadcast; a call to a model without any would wake it.
-                with handle_on(entry) as handle:
+                with self._lines.calling(entry) as handle:
                     await handle.broadcast("retire", effect.epoch).results_async(timeout_s=RETIRE_TIMEOUT_S)
         except Exception as error:
             # The answers to their heartbeats say the same.

@@ -7,12 +7,11 @@ failure of Ray itself (a killed replica, a full queue) is told from a failure of
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import functools
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -20,6 +19,7 @@ import ray
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
+from deployments.lines import Line, Lines
 from serve_app.domain.catalog import Entry
 from serve_app.domain.embeddings import EmbeddingRequest, Embeddings
 from serve_app.domain.errors import (
@@ -44,10 +44,6 @@ from serve_app.telemetry.spans import SpanRow
 logger = logging.getLogger(__name__)
 
 ROUTER_TIMEOUT_S = 10.0
-IDLE_HANDLE_S = 60.0
-SWEEP_S = 5.0
-LINGER_S = 3.0
-"""A handle is kept for so long after its last call: a few of Serve's ``metrics_interval_s``."""
 
 Value = TypeVar("Value")
 
@@ -111,25 +107,6 @@ def apart(method: Any, *args: Any) -> Any:
     return contextvars.Context().run(method.remote, *args)
 
 
-_leaving: set[asyncio.Task[None]] = set()
-
-
-def let_go(handle: DeploymentHandle[Any]) -> None:
-    """Give a handle up whose calls have ended. Left to itself, it would talk with Serve's controller for ever.
-
-    It has to say that its queue is empty before it goes: Serve counts the last queue of a silent handle for ten
-    seconds, and would start the model again for nobody.
-    """
-    task = asyncio.get_running_loop().create_task(_shut(handle))
-    _leaving.add(task)
-    task.add_done_callback(_leaving.discard)
-
-
-async def _shut(handle: DeploymentHandle[Any]) -> None:
-    await asyncio.sleep(LINGER_S)
-    await handle.shutdown_async()
-
-
 class RouterHandle:
     """The router deployment as :class:`serve_app.backend.Router`."""
 
@@ -175,69 +152,6 @@ class RouterHandle:
         return answer
 
 
-@dataclass(eq=False, slots=True)
-class _Line:
-    """A handle, and what runs over it."""
-
-    handle: DeploymentHandle[Any]
-    used_at: float = 0.0
-    calls: int = 0
-    given_up: bool = False
-
-    @contextlib.contextmanager
-    def calling(self) -> Iterator[None]:
-        """Counts a call; the last one of a line that was given up closes it."""
-        self.calls += 1
-        try:
-            yield
-        finally:
-            self.calls -= 1
-            self.used_at = asyncio.get_running_loop().time()
-            self._close()
-
-    def give_up(self) -> None:
-        """Make no more calls over it."""
-        self.given_up = True
-        self._close()
-
-    def _close(self) -> None:
-        if self.given_up and not self.calls:
-            let_go(self.handle)
-
-
-_kept: dict[str, _Line] = {}
-"""The handles of :func:`handle_on`, by application."""
-
-
-@contextlib.contextmanager
-def handle_on(entry: Entry) -> Iterator[DeploymentHandle[Any]]:
-    """A handle for a call to a model's deployment now and then. It is kept for the next call for a while: each one that
-    is made leaves something behind, in this process and in Serve's controller, also when it is shut (Ray 2.60)."""
-    application = entry.application
-    line = _kept.get(application)
-    if line is None:
-        line = _kept[application] = _Line(DeploymentHandle(entry.deployment, application))
-    try:
-        with line.calling():
-            yield line.handle
-    except DeploymentUnavailableError:
-        _drop(application, line)
-        raise
-    finally:
-        asyncio.get_running_loop().call_later(IDLE_HANDLE_S, _drop_idle, application, line, line.used_at)
-
-
-def _drop_idle(application: str, line: _Line, used_at: float) -> None:
-    if not line.calls and line.used_at == used_at:
-        _drop(application, line)
-
-
-def _drop(application: str, line: _Line) -> None:
-    if _kept.get(application) is line:
-        del _kept[application]
-        line.give_up()
-
-
 class ModelHandles:
     """The models' deployments as :class:`serve_app.backend.Backend`.
 
@@ -251,22 +165,15 @@ class ModelHandles:
     def __init__(self, ingress: str) -> None:
         self._ingress = ingress
         self._inbox = Inbox()
-        self._lines: dict[tuple[str, bool], _Line] = {}
+        self._lines = Lines()
         self._readers: set[asyncio.Task[None]] = set()
-
-    async def sweep(self) -> None:
-        """Give up the handles that were not used for a while: each talks with Serve's controller all the time."""
-        now = asyncio.get_running_loop().time()
-        for key, line in list(self._lines.items()):
-            if now - line.used_at > IDLE_HANDLE_S and not line.calls:
-                self._lines.pop(key).give_up()
 
     async def stream(self, entry: Entry, request: GenerationRequest, epoch: int) -> AsyncGenerator[Item, None]:
         """Yield the replica's items; closing the iterator cancels the call, and with it the generation."""
         # Another attempt is another stream: what the first one still brings must not mix with it.
         request = replace(request, request_id=f"{request.request_id}-{secrets.token_hex(4)}")
         mailbox = self._inbox.open(request.request_id)
-        line = self._line(entry, stream=True)
+        line = self._lines.to(entry, stream=True)
         call = apart(line.handle.generate, request, epoch, self._ingress)
         reader = asyncio.get_running_loop().create_task(self._read(call, line, entry, mailbox))
         self._readers.add(reader)
@@ -285,18 +192,18 @@ class ModelHandles:
 
     async def embed(self, entry: Entry, request: EmbeddingRequest, epoch: int) -> Embeddings:
         """One vector for each text."""
-        line = self._line(entry, stream=False)
+        line = self._lines.to(entry, stream=False)
         try:
             with line.calling():
                 answer = await apart(line.handle.embed, request, epoch)
         except Exception as error:
-            self._forget(entry, error)
+            self._lines.hear(entry, error)
             raise translate(error, entry.id, entry.provider) from error
         if isinstance(answer, Failure):
             raise error_from_dict(answer.error)
         return answer  # type: ignore[no-any-return]
 
-    async def _read(self, call: Any, line: _Line, entry: Entry, mailbox: Mailbox) -> None:
+    async def _read(self, call: Any, line: Line, entry: Entry, mailbox: Mailbox) -> None:
         try:
             with line.calling():
                 async for data in call:
@@ -308,22 +215,6 @@ class ModelHandles:
             if isinstance(end, asyncio.CancelledError):
                 raise
         except Exception as error:
-            self._forget(entry, error)
+            self._lines.hear(entry, error)
             logger.warning("a call to %s failed: %r", entry.application, error)
             mailbox.fail(translate(error, entry.id, entry.provider))
-
-    def _line(self, entry: Entry, stream: bool) -> _Line:
-        key = (entry.application, stream)
-        if key not in self._lines:
-            handle: DeploymentHandle[Any] = DeploymentHandle(entry.deployment, entry.application)
-            self._lines[key] = _Line(handle.options(stream=stream, response_serialization="pickle"))
-        self._lines[key].used_at = asyncio.get_running_loop().time()
-        return self._lines[key]
-
-    def _forget(self, entry: Entry, error: Exception) -> None:
-        """A handle to an application that has gone stays useless, also when it is deployed anew under its name."""
-        if isinstance(error, DeploymentUnavailableError):
-            for stream in (True, False):
-                line = self._lines.pop((entry.application, stream), None)
-                if line is not None:
-                    line.give_up()

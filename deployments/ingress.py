@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deployments.handles import SWEEP_S, ModelHandles, RouterHandle, forever
+from deployments.handles import ModelHandles, RouterHandle, forever
 from deployments.reporting import REPORT_S, Reporter
 from deployments.serving import RouterLink
 from serve_app.api.access import Access
@@ -84,7 +84,6 @@ class Ingress:
         self._ticking = loop.create_task(self._sessions.tick())
         self._reporting = loop.create_task(forever(self._reporter.report, REPORT_S))
         self._keeping = loop.create_task(gateway.leases.keep())
-        self._tidying = loop.create_task(forever(handles.sweep, SWEEP_S))
         self._services = Services(
             settings,
             self._store,
@@ -135,7 +134,7 @@ class Ingress:
     async def __del__(self) -> None:
         # Not an end of the replies: where this replica is replaced, the next one goes on with them.
         await self._sessions.hand_over()
-        for task in (self._preparing, self._ticking, self._keeping, self._tidying, self._reporting):
+        for task in (self._preparing, self._ticking, self._keeping, self._reporting):
             task.cancel()
         await self._reporter.close()
         self._sweeping.cancel()

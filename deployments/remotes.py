@@ -8,7 +8,8 @@ from ray import serve
 from ray.serve import RunTarget
 
 from deployments import upstream
-from deployments.handles import Failure, handle_on
+from deployments.handles import Failure
+from deployments.lines import Lines
 from serve_app.config import Platform, Settings, UpstreamArgs
 from serve_app.domain.catalog import Catalogue, Entry
 from serve_app.domain.errors import error_from_dict
@@ -35,6 +36,7 @@ class Remotes:
         self.standing: dict[str, str] = {}
         """Applications that this router or an earlier one put up, with their arguments as JSON."""
         self._upstreams = Upstreams()
+        self._lines = Lines()
 
     def _providers(self) -> dict[str, tuple[str, UpstreamArgs, bool]]:
         """Application, arguments and whether it is declared, by name of the provider."""
@@ -129,7 +131,7 @@ class Remotes:
 
     async def command(self, action: str, entry: Entry) -> None:
         """``load`` or ``unload`` a model where it lives; raises what the provider answers."""
-        with handle_on(entry) as handle:
+        with self._lines.calling(entry) as handle:
             answer = await getattr(handle, action).remote(entry.id)
         if isinstance(answer, Failure):
             raise error_from_dict(answer.error)

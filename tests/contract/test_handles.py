@@ -11,9 +11,10 @@ from typing import Any, cast
 import pytest
 from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
 
-from deployments import handles
+from deployments import lines
 from deployments.effects import Effects
-from deployments.handles import IDLE_HANDLE_S, ModelHandles, handle_on
+from deployments.handles import ModelHandles
+from deployments.lines import Lines
 from serve_app.domain.catalog import Entry
 from serve_app.domain.errors import ProviderUnavailable
 from serve_app.domain.generation import Accepted, Delta, Finish, FinishReason, GenerationRequest, Item, Message, Usage
@@ -81,8 +82,8 @@ class Handle:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Handle]:
-    monkeypatch.setattr(handles, "DeploymentHandle", Handle)
-    monkeypatch.setattr(handles, "LINGER_S", 0.0)
+    monkeypatch.setattr(lines, "DeploymentHandle", Handle)
+    monkeypatch.setattr(lines, "LINGER_S", 0.0)
     monkeypatch.setattr(Handle, "made", [], raising=False)
     return Handle.made
 
@@ -90,6 +91,12 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Handle]:
 async def settled() -> None:
     for _ in range(20):
         await asyncio.sleep(0)
+
+
+async def shut(handle: Handle) -> None:
+    async with asyncio.timeout(5):
+        while not handle.shut:  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0.01)
 
 
 async def test_a_client_that_leaves_costs_no_handle(made: list[Handle], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,40 +125,34 @@ async def test_a_handle_to_what_has_gone_is_replaced_and_shut_when_its_last_call
 
 
 async def test_an_idle_handle_is_shut(made: list[Handle], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "IDLE_HANDLE_S", 0.05)
     models = ModelHandles("ingress-1")
-    assert [type(item) async for item in models.stream(ENTRY, REQUEST, 1)][-1] is Finish
-    await settled()
-    await models.sweep()
-    assert not made[0].shut
-    loop = asyncio.get_running_loop()
-    later = loop.time() + IDLE_HANDLE_S + 1
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "time", lambda: later)
-        await models.sweep()
-    await settled()
-    assert made[0].shut
+    for _ in range(5):
+        assert [type(item) async for item in models.stream(ENTRY, REQUEST, 1)][-1] is Finish
+        await asyncio.sleep(0.02)
+        assert not made[0].shut and len(made) == 1
+    await shut(made[0])
 
 
 async def test_calls_now_and_then_share_a_handle_until_it_is_idle_or_of_no_use(
     made: list[Handle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handles, "_kept", {})
-    monkeypatch.setattr(handles, "IDLE_HANDLE_S", 0.05)
-    with handle_on(ENTRY) as outer, handle_on(ENTRY) as inner:
+    monkeypatch.setattr(lines, "IDLE_HANDLE_S", 0.05)
+    kept = Lines()
+    with kept.calling(ENTRY) as outer, kept.calling(ENTRY) as inner:
         assert outer is inner and len(made) == 1
         await asyncio.sleep(0.1)
         await settled()
         assert not made[0].shut  # it is in use, however long
-    with pytest.raises(DeploymentUnavailableError), handle_on(ENTRY):
+    with pytest.raises(DeploymentUnavailableError), kept.calling(ENTRY):
         raise DeploymentUnavailableError("it")
     await settled()
     assert made[0].shut
-    with handle_on(ENTRY) as again:
+    with kept.calling(ENTRY) as again:
         assert again is made[1]  # type: ignore[comparison-overlap]
-    async with asyncio.timeout(5):
-        while not made[1].shut:  # noqa: ASYNC110 - nothing tells
-            await asyncio.sleep(0.01)
-    assert not handles._kept
+    await shut(made[1])
+    with kept.calling(ENTRY) as third:
+        assert third is made[2]  # type: ignore[comparison-overlap]
 
 
 async def test_a_load_over_a_handle_to_what_has_gone_is_made_over_a_new_one(
@@ -163,7 +164,6 @@ async def test_a_load_over_a_handle_to_what_has_gone_is_made_over_a_new_one(
                 raise DeploymentUnavailableError("it")
             return True
 
-    monkeypatch.setattr(handles, "_kept", {})
     monkeypatch.setattr(Handle, "warm", Waking(), raising=False)
     told: list[Any] = []
     entry = replace(ENTRY, declared=True)
