@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from serve_app.domain.errors import GenerationFailed, Internal, ProviderUnavailable
 from serve_app.domain.generation import Accepted, Delta, Finish, FinishReason, Item, Usage
 from serve_app.frames import Broken, Frame, Piece, merged, pack, unpack
-from serve_app.inbox import HELD, MANY, TURNS, Inbox, Mailbox
+from serve_app.inbox import Inbox, Mailbox
 from serve_app.outbox import AHEAD, FEW, Outbox
 
 FINISH = Finish(FinishReason.STOP, Usage(1, 3))
@@ -194,53 +194,6 @@ async def test_closing_a_call_closes_its_source_and_promotes_the_next() -> None:
     assert {piece.stream for piece in await waiting} == {"b"}
     await other.aclose()
     assert outbox.empty
-
-
-def step(number: int, streams: int) -> Frame:
-    """A frame with the next item of each stream: what was read of its prompt, then a token at a time."""
-    item = Delta(f"{number} ", (number,)) if number else Accepted(1)
-    return tuple(Piece(f"s{n}", number, (item,)) for n in range(streams))
-
-
-async def turns_until(done: asyncio.Future[object]) -> int:
-    turns = 0
-    while not done.done():
-        await asyncio.sleep(0)
-        turns += 1
-    return turns
-
-
-@pytest.mark.parametrize(("streams", "waits"), [(MANY, TURNS), (MANY - 1, 0)])
-async def test_only_many_streams_wait_a_few_turns_of_an_idle_loop_and_never_for_a_first_token(
-    streams: int, waits: int
-) -> None:
-    inbox = Inbox()
-    reads = [aiter(inbox.open(f"s{n}")) for n in range(streams)]
-    turns: list[int] = []
-    for number in range(4):
-        waiting = asyncio.gather(*(anext(read) for read in reads))
-        await asyncio.sleep(0)
-        inbox.deliver(step(number, streams))
-        turns.append(await turns_until(waiting))
-        assert await waiting == [step(number, streams)[0].items[0]] * streams
-    assert turns == [turns[0], turns[0], turns[0] + waits, turns[0] + waits]
-
-
-@pytest.mark.parametrize(("frames", "waits"), [(HELD - 1, TURNS), (HELD, 0)])
-async def test_frames_that_lie_there_are_read_together_and_at_once_when_they_are_enough(
-    frames: int, waits: int
-) -> None:
-    inbox = Inbox()
-    reads = [aiter(inbox.open(f"s{n}")) for n in range(MANY)]
-    turns: list[int] = []
-    for numbers in ((0,), (1,), tuple(range(2, 2 + frames))):
-        waiting = asyncio.gather(*(anext(read) for read in reads))
-        await asyncio.sleep(0)
-        for number in numbers:
-            inbox.deliver(step(number, MANY))
-        turns.append(await turns_until(waiting))
-    assert await waiting == [Delta("".join(f"{number} " for number in numbers), numbers)] * MANY
-    assert turns[2] == turns[0] + waits
 
 
 async def test_a_missing_piece_ends_the_stream_with_an_error_when_its_call_is_over() -> None:
