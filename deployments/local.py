@@ -72,6 +72,8 @@ binds with SO_REUSEPORT: of two clusters on one machine with the same port, one 
 
 ERROR_LINE = re.compile(r"[\w.]+(Error|Exception): ")
 START_TIMEOUT_S = 180.0
+SHUTDOWN_S = {"the replies": 10.0, "Serve": 20.0, "Ray": 10.0}
+"""How long each may take to end. None of the three knows a limit of its own that holds on a machine out of breath."""
 LEAVE_S = 2.0
 """How long Ray's processes may take to end after it did."""
 
@@ -197,7 +199,7 @@ def _end_ray() -> None:
     import ray
 
     family = psutil.Process().children(recursive=True)
-    ray.shutdown()
+    _end("Ray", ray.shutdown)
     _, left = psutil.wait_procs(family, LEAVE_S)
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -272,11 +274,27 @@ def _shut_down() -> None:
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
-    try:
-        asyncio.run(_end_streams())
-    except Exception as error:
-        logger.warning("running replies could not be ended: %r", error)
-    serve.shutdown()
+    _end("the replies", lambda: asyncio.run(_end_streams()))
+    _end("Serve", serve.shutdown)
+
+
+def _end(what: str, work: Callable[[], None]) -> None:
+    """Do ``work``, which ends something. What fails or takes too long is told and left: its processes are killed."""
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:  # the border to Ray
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(SHUTDOWN_S[what])
+    if thread.is_alive():
+        logger.warning("%s did not end within %g s; processes that are left are killed", what, SHUTDOWN_S[what])
+    for error in failures:
+        logger.warning("%s could not be ended: %r", what, error)
 
 
 async def _end_streams() -> None:
@@ -305,4 +323,7 @@ def _greet(settings: Settings, file: ServeFile, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    # All is ended or killed. What Ray does at a process's exit would wait for a thread that is stuck in it.
+    sys.stderr.flush()
+    os._exit(exit_code)

@@ -272,7 +272,7 @@ class Gateway:
 
         What the client was told stays: after the first byte, the same model goes on with it, or else a model that can.
         """
-        with record.trail.phase("route.decide"):
+        with record.deciding():
             candidates = self._breakers.order(granted.route.candidates, self._clock())
         record.chosen(candidates)
         transcript, failure = Transcript(request), None

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import httpx
 import psutil
+import pytest
 import yaml
 
 from deployments.ports import free_port
@@ -145,7 +146,7 @@ class Cluster:
             return self.process.wait(60)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            raise
+            pytest.fail(f"the launcher did not end within 60 s:\n{self.log}")
 
     def processes(self) -> list[psutil.Process]:
         """Every process that descends from the launcher, found by the mark in its environment."""

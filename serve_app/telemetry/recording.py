@@ -53,6 +53,9 @@ class Record:
         self.admitted: float | None = None
         """When the router granted the request."""
         self._called, self._called_ns = self.started, time.time_ns()
+        self._free_ns: int | None = None
+        """When the last thing before the next attempt ended. Nothing is waited for in between, but a busy machine may
+        take the processor away there: that time belongs to the attempt."""
         self._accepted_ns: int | None = None
         self._load_s = self._queue_load_s = 0.0
         self._waited = self._loading = False
@@ -101,6 +104,14 @@ class Record:
                 yield
             finally:
                 self._wait.end()
+        self._free_ns = time.time_ns()
+
+    @contextmanager
+    def deciding(self) -> Iterator[None]:
+        """While the order of the candidates is decided."""
+        with self.trail.phase("route.decide"):
+            yield
+        self._free_ns = time.time_ns()
 
     def heard(self, news: Queued | Loading) -> None:
         """What the request waits for."""
@@ -122,6 +133,7 @@ class Record:
             f"{operation} {candidates[0].name}",
             CLIENT,
             attributes=self._about,
+            start_ns=self._free_ns,
             span_id=_span_id(self._request.request_id),
         )
         if self._chat.captures and isinstance(self._request, GenerationRequest):
@@ -139,7 +151,7 @@ class Record:
         self._attempts += 1
         self._candidate = candidate
         about(model=candidate.name, provider=candidate.entry.provider)
-        self._called, self._called_ns = self._clock(), time.time_ns()
+        self._called, self._called_ns = self._clock(), self._free_ns or time.time_ns()
         self._accepted_ns = None
         self._loading = not candidate.resident
         self._attempt = trail = self.below.child(
@@ -147,8 +159,9 @@ class Record:
             CLIENT,
             {} if self._last is None else {"retried": self._last},
             {semconv.ATTEMPT: self._attempts, semconv.MODEL: candidate.name, semconv.REASON: candidate.reason},
+            start_ns=self._called_ns,
         )
-        self.carrier, self._last = trail.carrier() | {SENT: str(time.time_ns())}, trail.context
+        self.carrier, self._last = trail.carrier() | {SENT: str(self._called_ns)}, trail.context
         try:
             yield
         except BaseException as error:
@@ -159,6 +172,8 @@ class Record:
         else:
             self._heard_out()
             trail.end()
+        finally:
+            self._free_ns = time.time_ns()
 
     def _heard_out(self) -> None:
         """The present attempt is over. What it said was read all the while, and on its way after the replica's end."""
@@ -176,6 +191,7 @@ class Record:
         """Between two attempts."""
         with self.below.phase("retry.wait"):
             yield
+        self._free_ns = time.time_ns()
 
     def accepted(self, item: Accepted) -> None:
         """The model has taken the prompt; one that was not in memory before is now."""

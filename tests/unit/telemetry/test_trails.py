@@ -13,9 +13,11 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
+from serve_app.domain.catalog import Entry, ModelState
 from serve_app.domain.conversation import TerminationReason
 from serve_app.domain.errors import DeadlineExceeded, InvalidInput, ProviderError, RotundaError
 from serve_app.domain.generation import GenerationRequest, Message, Text
+from serve_app.domain.routing import Candidate
 from serve_app.telemetry import recording
 from serve_app.telemetry.metrics import Totals
 from serve_app.telemetry.pipeline import Counted, Outgoing
@@ -255,3 +257,32 @@ def test_phases_stay_in_their_span_when_the_thread_loses_the_processor_between_t
     whole = rows["generate m"]
     for phase in ("engine.queue", "prefill", "decode"):
         assert whole.start_ns <= rows[phase].start_ns <= rows[phase].end_ns <= whole.end_ns, phase
+
+
+def test_an_attempt_begins_where_the_decision_ended_though_the_processor_was_away(tracing: Tracing) -> None:
+    candidate = Candidate(Entry("m", "huggingface", "m", "model"), "m", ModelState.READY, "asked for")
+    hi = (Message("user", (Text("hi"),)),)
+    root = tracing.serve("ask", None, trust=False)
+    latest: list[int] = []
+    sent: list[int] = []
+
+    def lose_the_processor() -> None:
+        latest.append(time.time_ns())
+        time.sleep(0.002)
+
+    with recording.Record(root, GenerationRequest(request_id="r", model="m", messages=hi), time.monotonic) as record:
+        with record.deciding():
+            pass
+        lose_the_processor()
+        record.chosen((candidate,))
+        for _ in range(2):
+            with record.attempt(candidate):
+                sent.append(int(record.carrier[recording.SENT]))
+            lose_the_processor()
+    root.end()
+    rows = ended(tracing)
+    decided, first, second = (rows[name] for name in ("route.decide", "attempt 1", "attempt 2"))
+    assert rows["chat m"].start_ns == first.start_ns
+    assert decided.end_ns <= first.start_ns <= latest[0]
+    assert first.end_ns <= second.start_ns <= latest[1]
+    assert sent == [first.start_ns, second.start_ns]
