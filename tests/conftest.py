@@ -1,4 +1,4 @@
-"""Fixtures of every suite. The cluster is started once, when the first test asks for it."""
+"""Fixtures of every suite. The cluster is started once, when the first test asks for it, and ends after the last."""
 
 from __future__ import annotations
 
@@ -19,14 +19,39 @@ hypothesis.settings.load_profile("suite")
 LAST = ("tests/serve", "tests/e2e", "tests/conformance")
 
 
+SHARED = pytest.StashKey[Cluster]()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The suites that share the cluster run last, and what ends or starts clusters of its own at the very end."""
+    """The suites that share the cluster run last, and after them what starts clusters of its own: first the modules
+    that want the shared one beside theirs."""
+    beside = {item.path for item in items if _starts_its_own(item) and _wants_the_shared(item)}
 
     def rank(item: pytest.Item) -> int:
-        path = item.path.as_posix()
-        return 2 if item.get_closest_marker("own_cluster") else int(any(folder in path for folder in LAST))
+        if _starts_its_own(item):
+            return 2 if item.path in beside else 3
+        return int(any(folder in item.path.as_posix() for folder in LAST))
 
     items.sort(key=rank)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """The shared cluster ends when no later test wants it: those with clusters of their own have the machine to
+    themselves."""
+    stash, items = item.session.stash, item.session.items
+    if SHARED in stash and not any(map(_wants_the_shared, items[items.index(item) :])):
+        shared = stash[SHARED]
+        del stash[SHARED]
+        assert shared.stop() == 0, shared.log
+
+
+def _starts_its_own(item: pytest.Item) -> bool:
+    return item.get_closest_marker("own_cluster") is not None
+
+
+def _wants_the_shared(item: pytest.Item) -> bool:
+    return "cluster" in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +64,7 @@ def postgres() -> Iterator[Postgres]:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """The whole product on a Ray cluster: two ingresses, the shipped models, and two scripted ones."""
     applications = [
         model_application("model-tiny-chat", model="rotunda/tiny-chat"),
@@ -63,6 +88,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     try:
         made.start()
         wait_until(lambda: httpx.get(f"{made.url}/ready", timeout=30).status_code == 200, 30, what="/ready")
+        request.session.stash[SHARED] = made
         yield made
     finally:
         assert made.stop() == 0, made.log
