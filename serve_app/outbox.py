@@ -6,6 +6,7 @@ The first token leaves at once. What waits is a stream that runs ahead of the wi
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
@@ -23,6 +24,12 @@ TRANSIT_S = 1.0
 AHEAD = 64
 """Items that one stream may have ready; a source that is faster than the wire waits until they have left. So no frame
 holds more of one stream than its neighbours can wait for."""
+MOST_PER_S = 1280.0
+"""Items per second that a stream gives, after the first ``FREE_S`` seconds' worth of them. No model makes so many of
+one reply; a source that could would take the wire and the processors from its neighbours."""
+FREE_S = 0.5
+STRIDE = 16
+"""Items between two looks at the clock."""
 FEW = 16
 """Pieces of one stream that one frame sends again, for the same reason."""
 
@@ -146,13 +153,19 @@ class Outbox:
                 await source
 
     async def _pump(self, stream: _Outgoing, items: AsyncGenerator[Item, None]) -> None:
+        due, count = -math.inf, 0
         try:
             async with aclosing(items):
                 async for item in items:
                     stream.add(item)
                     self._changed.set()
+                    count += 1
                     if len(stream.ready) >= AHEAD:
                         await stream.wait_for_room()
+                    if count % STRIDE == 0:
+                        due = max(due, self._clock() - FREE_S) + STRIDE / MOST_PER_S
+                        if (early_s := due - self._clock()) > 0:
+                            await asyncio.sleep(early_s)
             if not stream.complete:
                 stream.add(Broken(Internal.masked().to_dict()))
         except RotundaError as error:
