@@ -1,6 +1,6 @@
 """A replica's end of the wire (:mod:`serve_app.frames`): which call carries what is ready, and what is sent again.
 
-The first token leaves at once. What waits is a stream that runs ahead of the wire.
+The first token leaves at once. What waits is a stream that runs ahead of the wire, or of what any model makes.
 """
 
 from __future__ import annotations

@@ -137,6 +137,14 @@ class Cluster:
         assert process.poll() is None, self.log
         return self
 
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Cluster]:
+        """It, started; its end must be a clean one."""
+        try:
+            yield self.start()
+        finally:
+            assert self.stop() == 0, self.log
+
     def stop(self) -> int:
         """End it as Ctrl-C does (the signal goes to the whole process group); returns the exit code."""
         assert self.process is not None

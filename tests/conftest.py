@@ -17,9 +17,8 @@ hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
 
 LAST = ("tests/serve", "tests/e2e", "tests/conformance")
-
-
 SHARED = pytest.StashKey[Cluster]()
+"""The shared cluster, while it runs."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -85,10 +84,7 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     ]
     made = Cluster(tmp_path_factory.mktemp("cluster"), applications)
     shutil.copytree(MODELS / "rotunda", made.models / "rotunda")
-    try:
-        made.start()
+    with made.running():
         wait_until(lambda: httpx.get(f"{made.url}/ready", timeout=30).status_code == 200, 30, what="/ready")
         request.session.stash[SHARED] = made
         yield made
-    finally:
-        assert made.stop() == 0, made.log

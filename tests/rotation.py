@@ -19,7 +19,8 @@ def scripted(name: str, **args: Any) -> dict[str, Any]:
     return model_application(f"model-{name}", model=f"test/{name}", engine="scripted", options=options, **args)
 
 
-def start(home: Path, applications: list[dict[str, Any]], platform: dict[str, Any], **settings: str) -> Cluster:
+def with_platform(home: Path, applications: list[dict[str, Any]], platform: dict[str, Any], **settings: str) -> Cluster:
+    """A cluster with this ``configs/platform.yaml``, not started yet."""
     cluster = Cluster(home, applications, settings)
     (home / "configs").mkdir()
     (home / "configs" / "platform.yaml").write_text(yaml.safe_dump(platform))

@@ -70,12 +70,9 @@ def platform(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @contextlib.contextmanager
 def started(cluster: Cluster) -> Iterator[None]:
-    cluster.start()
-    try:
+    with cluster.running():
         wait_until(lambda: httpx.get(f"{cluster.url}/ready", timeout=30).status_code == 200, 30, what="/ready")
         yield
-    finally:
-        assert cluster.stop() == 0, cluster.log
 
 
 @dataclass

@@ -16,7 +16,7 @@ import pytest
 from tests.cluster import MODELS, Cluster, wait_until
 from tests.e2e.test_chat import ask
 from tests.ollama_server import OllamaServer, StandInModel
-from tests.rotation import Asked, rotation, scripted, start
+from tests.rotation import Asked, rotation, scripted, with_platform
 from tests.serve.test_fleet import pids
 from tests.serve.test_remote_providers import upstream
 
@@ -43,14 +43,11 @@ def tight(tmp_path_factory: pytest.TempPathFactory, ollama: OllamaServer) -> Ite
     far["args"] |= {"budget_bytes": "4GB"}
     platform = {"capacity": {"memory_bytes": "700MB"}}
     settings = {"ROTATION_TIMEOUT_MS": "30000", "MAX_CONCURRENT_MODELS": "2"}
-    cluster = start(home, [*models, far], platform, **settings)
+    cluster = with_platform(home, [*models, far], platform, **settings)
     for name in REAL:
         shutil.copytree(MODELS / "rotunda" / "tiny-chat", cluster.models / name)
-    cluster.start()
-    try:
+    with cluster.running():
         yield cluster
-    finally:
-        assert cluster.stop() == 0, cluster.log
 
 
 def test_twelve_clients_at_once_get_all_of_three_models_with_room_for_one(tight: Cluster) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from tests.cluster import Cluster, wait_until
 from tests.e2e.test_chat import ask
-from tests.rotation import Asked, decisions, rotation, scripted, start, state
+from tests.rotation import Asked, decisions, rotation, scripted, state, with_platform
 from tests.serve.test_fleet import alive, serve_details
 
 pytestmark = pytest.mark.own_cluster
@@ -38,12 +38,9 @@ def brisk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     models.append(scripted("slow-load", memory_bytes="500MB", options={"load_s": 6}))
     models.append(scripted("broken", memory_bytes="500MB", options={"load_error": "MODEL_LOAD_FAILED"}))
     platform = {"capacity": {"memory_bytes": "700MB"}, "fallbacks": {"test/broken": ["test/a"]}}
-    cluster = start(home, models, platform, ROTATION_TIMEOUT_MS="3000", MAX_QUEUE_SIZE="1000")
-    cluster.start()
-    try:
+    cluster = with_platform(home, models, platform, ROTATION_TIMEOUT_MS="3000", MAX_QUEUE_SIZE="1000")
+    with cluster.running():
         yield cluster
-    finally:
-        assert cluster.stop() == 0, cluster.log
 
 
 def test_a_stream_that_runs_when_its_model_must_go_completes(brisk: Cluster) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.cluster import MODELS, Cluster, wait_until
 from tests.e2e.test_chat import ask
-from tests.rotation import Asked, decisions, rotation, scripted, start, state
+from tests.rotation import Asked, decisions, rotation, scripted, state, with_platform
 from tests.serve.test_fleet import serve_details
 
 pytestmark = pytest.mark.own_cluster
@@ -36,15 +36,12 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     ]
     platform = {"keep_deployed_s": 3, "max_deployed": 4}
     thresholds = {f"MEMORY_{name}_THRESHOLD": f"{fraction + step:.4f}" for name, step in THRESHOLDS}
-    cluster = start(home, models, platform, **thresholds)
+    cluster = with_platform(home, models, platform, **thresholds)
     for n in range(300):
         target = cluster.models / "many" / f"model-{n:03}"
         shutil.copytree(MODELS / "rotunda" / "tiny-chat", target, copy_function=os.link)
-    cluster.start()
-    try:
+    with cluster.running():
         yield cluster
-    finally:
-        assert cluster.stop() == 0, cluster.log
 
 
 def test_300_models_cost_nothing_and_each_answers_on_first_use(wide: Cluster) -> None:
