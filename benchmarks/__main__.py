@@ -31,6 +31,18 @@ class Step:
     minutes: float = 4.0
 
 
+BUDGET = ("--budget", "90", "--slow-rounds", "3", *PEERS)
+COMPARED = (
+    Step("engine", ("--sizes", "5M", "--budget", "70", "--slow-rounds", "3", *PEERS), 6),
+    Step("engine", ("--sizes", "30M", *BUDGET), 18),
+    Step("engine", ("--sizes", "90M", "--streams", "1", "8", *BUDGET), 20),
+    Step("hops", (), 5),
+    Step("gateway", (), 5),
+    Step("paced", (), 8),
+    Step("referee", (), 8),
+)
+"""What stands beside others' programs; engines with the peers that take no more than seconds for a request."""
+
 SETS: dict[str, tuple[Step, ...]] = {
     "quick": (
         Step("hops", ("--quick",), 2),
@@ -40,46 +52,33 @@ SETS: dict[str, tuple[Step, ...]] = {
         Step("replicas", ("--quick",), 1.5),
         Step("long_streams", ("--quick",), 1.5),
     ),
+    "peers": COMPARED,
     "publish": (
-        Step("engine", ("--sizes", "5M", "--budget", "70", "--slow-rounds", "3", *PEERS), 6),
-        Step("paced", (), 8),
-        Step("hops", (), 5),
-        Step("engine", ("--sizes", "30M", "--budget", "90", "--slow-rounds", "3", *PEERS), 18),
+        *COMPARED,
+        Step("engine", ("--sizes", "90M", "--streams", "32", *BUDGET[:-1]), 40),
         Step("batch_scaling", ("--budget", "60"), 10),
-        Step("frames", (), 4),
+        Step("batch_scaling", ("--sizes", "90M", "--budget", "60"), 12),
+        Step("frames", (), 6),
         Step("int8", (), 4),
         Step("store_cost", (), 12),
         Step("store_reply", (), 2),
         Step("tracing_cost", (), 6),
         Step("swap", (), 7),
-        Step("batch_scaling", ("--sizes", "90M", "--budget", "60"), 12),
-        Step("engine", ("--sizes", "90M", "--streams", "1", "8", "--budget", "90", "--slow-rounds", "3", *PEERS), 20),
-        Step("engine", ("--sizes", "90M", "--streams", "32", "--budget", "90", "--slow-rounds", "3", *PEERS[:3]), 40),
         Step("overload", (), 9),
         Step("replicas", (), 8),
         Step("cold", (), 6),
         Step("long_streams", (), 3),
         Step("many_models", (), 4),
-        Step("gateway", (), 5),
-        Step("referee", (), 8),
-    ),
-    "peers": (
-        Step("engine", ("--sizes", "5M"), 20),
-        Step("engine", ("--sizes", "30M"), 40),
-        Step("engine", ("--sizes", "90M"), 60),
-        Step("gateway", (), 5),
-        Step("hops", (), 5),
-        Step("paced", (), 8),
-        Step("referee", (), 8),
     ),
 }
 
 
-def run(step: Step) -> str:
-    """Run one scenario; what became of it, in a few words."""
+def run(step: Step, out: Path | None) -> str:
+    """Run one scenario, whose result goes to ``out``; what became of it, in a few words."""
     module = f"benchmarks.scenarios.{step.scenario}"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-m", module, *step.arguments], cwd=ROOT, env=environment)
+    words = [*step.arguments, *(["--out", str(out)] if out else [])]
+    process = subprocess.Popen([sys.executable, "-m", module, *words], cwd=ROOT, env=environment)
     begun = time.monotonic()
     try:
         code = process.wait(step.minutes * 60)
@@ -99,7 +98,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("set", choices=SETS, nargs="?", default="quick")
     parser.add_argument("--only", nargs="+", help="these scenarios of the set")
     parser.add_argument("--minutes", type=float, help="begin no scenario after so many")
+    parser.add_argument("--out", type=Path, help="folder of the results, for a second run beside the published one")
     given = parser.parse_args(words)
+    out = given.out.resolve() if given.out else None
     console, begun, ends = Console(stderr=True, highlight=False), time.monotonic(), []
     steps = [step for step in SETS[given.set] if not given.only or step.scenario in given.only]
     for number, step in enumerate(steps, 1):
@@ -108,8 +109,8 @@ def main(words: Sequence[str] | None = None) -> int:
             ends.append((name, "not begun: the time was over"))
             continue
         console.rule(f"{number} of {len(steps)}: {name}")
-        ends.append((name, run(step)))
-    if given.set != "quick":
+        ends.append((name, run(step, out)))
+    if given.set != "quick" and out is None:
         subprocess.run([sys.executable, "-m", "benchmarks.report"], cwd=ROOT, check=False)
     for name, end in ends:
         console.print(f"{name}: {end}")

@@ -232,7 +232,7 @@ class Result:
         result = cls(scenario, title, given.quick, folder, quiet)
         result.settings["seed"] = given.seed
         if given.quick:
-            result.problems.append("a quick run: too few rounds for figures to rely on")
+            result.problems.append("a quick run: too few and too short rounds for figures to rely on")
         if quiet.problem:
             result.problems.append(quiet.problem)
         return result
@@ -311,7 +311,9 @@ def parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
     """The arguments that every scenario has. From here on SIGTERM ends one as Ctrl-C does: its servers end with it."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--rounds", type=int, default=None, help=f"paired rounds (default {rounds}; 2 with --quick)")
+    made.add_argument(
+        "--rounds", type=int, default=None, help=f"paired rounds (default {rounds}; {FEWEST_ROUNDS} with --quick)"
+    )
     made.add_argument(
         "--quick", action="store_true", help="small and short, to see that it works; marked in the result"
     )
@@ -323,4 +325,4 @@ def parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
 
 def rounds_of(given: argparse.Namespace) -> int:
     """The rounds to run."""
-    return int(given.rounds or (2 if given.quick else given.full_rounds))
+    return int(given.rounds or (FEWEST_ROUNDS if given.quick else given.full_rounds))

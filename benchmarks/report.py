@@ -7,55 +7,28 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from benchmarks.protocol import RESULTS
+from benchmarks.found import AGAIN, Found, number, read
+from benchmarks.repeat import compared
 from serve_app.config.reference import between
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
 README = ROOT / "README.md"
-ORDER = (
-    "engine_5M",
-    "engine_30M",
-    "engine_90M",
-    "engine_90M_1_8",
-    "engine_90M_32",
-    "batch_scaling",
-    "batch_scaling_90M",
-    "gpu",
-    "hops",
-    "gateway",
-    "paced",
-    "replicas",
-    "overload",
-)
 HEADLINES = {"engine_": ": tokens/s against transformers serve CB"}
 """What the README says of these scenarios, at their largest load; of others, their first ratio with a target."""
 SIGNS = {"at_least": "≥", "at_most": "≤"}
 
-Found = Mapping[str, Any]
 
-
-def read(folder: Path = RESULTS) -> list[Found]:
-    """Every result in the folder that has rows, in the page's order."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    places = {name: place for place, name in enumerate(ORDER)}
-    return sorted(
-        (result for result in found if "rows" in result),
-        key=lambda result: (places.get(result["scenario"], len(ORDER)), result["scenario"]),
-    )
-
-
-def tables(results: Sequence[Found]) -> str:
-    """The generated part of the page."""
+def tables(results: Sequence[Found], again: Sequence[Found] = ()) -> str:
+    """The generated part of the page. ``again``: a second run of some of the scenarios."""
     good = [result for result in results if result["publishable"]]
     others = [result for result in results if not result["publishable"]]
-    parts = [*_counts(good)]
+    parts = [*_counts(good), *_again(good, again)]
     for result in good:
         parts += _section(result)
     if others:
@@ -75,6 +48,14 @@ def _counts(results: Sequence[Found]) -> Iterator[str]:
     if verdicts:
         told = ", ".join(f"{verdicts.count(name)} {name}" for name in ("reached", "open", "missed"))
         yield f"{len(verdicts)} targets: {told}. Open: the interval leaves it open on which side the value lies."
+        yield ""
+
+
+def _again(results: Sequence[Found], again: Sequence[Found]) -> Iterator[str]:
+    told = compared(results, again)
+    if told:
+        scenarios = ", ".join(sorted({pair.scenario for pair in told.pairs}))
+        yield f"A second run ({scenarios}): {told}."
         yield ""
 
 
@@ -132,14 +113,6 @@ def _told(value: Any) -> str:
     return number(value) if isinstance(value, float) else str(value)
 
 
-def number(value: float) -> str:
-    """Three significant digits, without an exponent."""
-    if value == 0 or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    digits = f"{value:.3g}"
-    return digits if "e" not in digits else f"{value:.6f}".rstrip("0")
-
-
 def headline(results: Sequence[Found]) -> str:
     """The README's part: one plot, and one line for each published result."""
     good = [result for result in results if result["publishable"]]
@@ -169,7 +142,7 @@ def pages(results: Sequence[Found]) -> Mapping[Path, str]:
     """Each page with a generated part, as it should be."""
     texts = {path: path.read_text(encoding="utf-8") for path in (PAGE, README)}
     return {
-        PAGE: between(texts[PAGE], "results", tables(results)),
+        PAGE: between(texts[PAGE], "results", tables(results, read(AGAIN))),
         README: between(texts[README], "benchmarks", headline(results)),
     }
 

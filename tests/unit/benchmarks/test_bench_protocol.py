@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import protocol, report
+from benchmarks.found import read
 from benchmarks.machine import Quiet
 from benchmarks.protocol import Contender, Measured, Result, Row, Target, measure, rounded
 from benchmarks.stats import Interval, bootstrap
@@ -143,7 +144,7 @@ def test_the_report_shows_what_was_written_and_keeps_apart_what_is_not_for_publi
     for made in (good, bad):
         path = made.write()
         assert json.loads(path.read_text())["rows"]
-    text = report.tables(report.read(tmp_path))
+    text = report.tables(read(tmp_path))
     assert text.index("A demonstration") < text.index("not to be relied on") < text.index("A busy machine")
     assert "| ours over theirs |  | 1.2 [1.1, 1.3] | ≥ 1 | reached |" in text
     assert "1,234 [1,234, 1,234] µs" in text
@@ -152,4 +153,4 @@ def test_the_report_shows_what_was_written_and_keeps_apart_what_is_not_for_publi
 
 def test_files_of_another_kind_are_no_results(tmp_path: Path) -> None:
     (tmp_path / "simulation.json").write_text('{"hitRates": []}')
-    assert report.read(tmp_path) == []
+    assert read(tmp_path) == []

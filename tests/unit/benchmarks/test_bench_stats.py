@@ -2,11 +2,12 @@
 
 import math
 import random
+from statistics import median
 
 import numpy
 import pytest
 
-from benchmarks.stats import bootstrap, paired_ratio, percentile, slope, summary
+from benchmarks.stats import another, bootstrap, paired_ratio, percentile, slope, summary
 
 
 @pytest.mark.parametrize("percent", [0, 10, 50, 90, 99, 100])
@@ -43,6 +44,24 @@ def test_an_interval_holds_the_true_median_as_often_as_it_says() -> None:
 def test_few_rounds_have_their_extremes_as_interval() -> None:
     found = bootstrap([3.0, 1.0, 2.0])
     assert (found.median, found.low, found.high, found.rounds) == (2, 1, 3, 3)
+
+
+@pytest.mark.parametrize("rounds", [2, 3, 5, 7, 15])
+def test_another_run_has_its_median_where_the_first_expects_it(rounds: int) -> None:
+    rng, held, trials = random.Random(rounds), 0, 1000
+    for _ in range(trials):
+        first, second = ([rng.lognormvariate(1, 0.1) for _ in range(rounds)] for _ in range(2))
+        low, high = another(first)
+        held += low <= median(second) <= high
+    assert 0.93 * trials <= held <= 0.99 * trials
+
+
+def test_what_is_expected_of_another_run_holds_the_interval_of_this_one() -> None:
+    for values in ([1.0, 1.1, 5.0], [-3.0, 0.0, 1.0], [2.0, 2.0], [7.0], [1.0, 1.0, 1.0, 1.0, 1.0, 9.0]):
+        found = bootstrap(values)
+        assert found.again is not None
+        assert found.again[0] <= found.low <= found.median <= found.high <= found.again[1]
+        assert found.to_json()["again"] == list(found.again)
 
 
 def test_a_ratio_is_of_pairs_and_not_of_medians() -> None:
