@@ -9,7 +9,7 @@ import torch
 
 from serve_app.engines.decoding import Begun
 from serve_app.engines.graphs import Graphs
-from serve_app.engines.slots import Feed, Seat, SlotLoop, piece
+from serve_app.engines.loop import Feed, Seat, SlotLoop, piece
 
 Reread = Callable[[Begun], torch.Tensor]
 """A text to the logits ``[vocabulary]`` after it, computed without any cache."""
@@ -111,29 +111,60 @@ def touch(loop: SlotLoop, ids: Sequence[int]) -> None:
     loop.leave(seat, spoilt=True)
 
 
-def try_graphs(loop: SlotLoop, graphs: Graphs, ids: Sequence[int], places: int) -> float:
-    """Capture the likeliest steps, unless replays compute other tokens than the passes that they stand for.
+def try_graphs(loop: SlotLoop, graphs: Graphs, ids: Sequence[int], places: int) -> list[tuple[int, int, float]]:
+    """Capture the likeliest passes, unless replays compute other tokens than what they stand for.
 
     Returns:
-        Seconds that a step without graphs takes.
+        Of passes as they will be: steps, tokens of prompts beside them, seconds.
     """
     text = list(ids)[: loop.limit // 2]
     seats = [Seat(text[skipped:], len(text) + 2) for skipped in range(min(2, places, len(text)))]
     for seat in seats:
         loop.sit(seat)
-    loop.run([piece(seat, seat.left) for seat in seats])
-    times = []
+    trial = Trial(loop)
+    if not trial.same([piece(seat, seat.left) for seat in seats]):
+        graphs.forgo("they compute other tokens", reading=True)
     for token in (text[0], text[-1]):
-        steps = [Feed(seat, [token]) for seat in seats]
-        begun = time.perf_counter()
-        expected = loop.run(steps, replay=False).float().cpu()
-        times.append(time.perf_counter() - begun)
-        for seat in seats:
-            loop.unread(seat)
-        found = loop.run(steps).float().cpu()
-        if graphs.active and not all(map(alike, found, expected)):
+        if not trial.same([Feed(seat, [token]) for seat in seats]):
             graphs.forgo("they compute other tokens")
+    if graphs.reads and len(seats) > 1:
+        for _ in range(2):  # a first replay is slower
+            step, both = _beside(loop, seats, text)
+        told = [(1, 0, step), (1, len(seats[1].ids), both)]
+    else:
+        told = [(len(seats), 0, trial.computed_s)]
     for seat in seats:
         loop.leave(seat, spoilt=True)
     graphs.capture(places, CAPTURE_S)
-    return min(times)
+    return told
+
+
+class Trial:
+    """Passes that are computed and then replayed. ``computed_s``: the shortest time of one that was computed."""
+
+    def __init__(self, loop: SlotLoop) -> None:
+        self._loop = loop
+        self.computed_s = float("inf")
+
+    def same(self, feeds: Sequence[Feed]) -> bool:
+        """Whether both get the same logits; True where nothing is replayed. The tokens stay read."""
+        begun = time.perf_counter()
+        expected = self._loop.run(feeds, replay=False).float().cpu()
+        self.computed_s = min(self.computed_s, time.perf_counter() - begun)
+        for feed in feeds:
+            self._loop.unread(feed.seat, len(feed.tokens))
+        found = self._loop.run(feeds).float().cpu()
+        return not self._loop.replayed or all(map(alike, found, expected))
+
+
+def _beside(loop: SlotLoop, seats: Sequence[Seat], text: Sequence[int]) -> tuple[float, float]:
+    """Seconds of a step of the first seat, and of one with the second one's prompt beside it."""
+    first, second = seats[:2]
+    loop.unread(second, len(second.row.ids) if second.row else 0)
+    times = []
+    for beside in ([], [piece(second, len(second.ids))]):
+        begun = time.perf_counter()
+        loop.run([Feed(first, [text[0]]), *beside]).cpu()
+        times.append(time.perf_counter() - begun)
+        loop.unread(first)
+    return times[0], times[1]

@@ -14,9 +14,10 @@ import torch
 from serve_app.engines import canary, gate
 from serve_app.engines.batch import BatchDecoder
 from serve_app.engines.decoding import Passes
-from serve_app.engines.graphs import Recorder
+from serve_app.engines.graphs import PIECES, Recorder
 from serve_app.engines.loading import Loaded
-from serve_app.engines.slots import KEPT_ROWS, SlotDecoder, SlotLoop
+from serve_app.engines.loop import SlotLoop
+from serve_app.engines.slots import KEPT_ROWS, SlotDecoder
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +88,10 @@ def _trial(loaded: Loaded, slots: SlotDecoder, passes: Passes, ids: Sequence[int
             if passed:
                 canary.touch(slots.loop, ids)
             if passed and slots.loop.graphs is not None:
-                took = canary.try_graphs(slots.loop, slots.loop.graphs, ids, slots.places or 1)
-                slots.pace.passed(1, 0, took)
+                for told in canary.try_graphs(slots.loop, slots.loop.graphs, ids, slots.places or 1):
+                    slots.pace.passed(*told)
+                if slots.loop.graphs.reads:
+                    slots.pace.least = PIECES[-1]
     except Exception:  # the border to the libraries: a model that cannot do this can still run alone
         log.exception("the trial of the slots failed")
         return "it cannot run in shared passes"

@@ -59,6 +59,11 @@ class Groups:
         every = slice(0, len(positions))
         return Group(every, every, length, self._additive(positions[:, None], length))
 
+    def one_row(self, row: torch.Tensor, positions: torch.Tensor, length: int) -> Padded:
+        """A piece of a prompt in one ``row`` (``[1]``), at ``positions``; made on the device alone."""
+        line = self._places[: len(positions)]
+        return Padded(row, length, self._additive(positions[None], length), line, line)
+
     def _steps(self, rows: Sequence[int], starts: Sequence[int]) -> Group:
         first, last = min(rows), max(rows)
         length = self._rounded(max(starts) + 1)

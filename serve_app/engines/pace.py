@@ -22,10 +22,13 @@ class Pace:
 
     Args:
         most: tokens of prompts in one pass.
+
+    ``least``: tokens of prompts in a pass that is given any, for where fewer take as long.
     """
 
     def __init__(self, most: int = MAX_CHUNK) -> None:
         self._most = most
+        self.least = MIN_CHUNK
         self._step_s: float | None = None
         self._more_s = self._tokens = 0.0
 
@@ -43,4 +46,4 @@ class Pace:
         if not running or self._step_s is None or self._more_s <= 0:
             return self._most
         tokens = SHARE * self._step_s * self._tokens / self._more_s * max(1.0, reading / running) ** 2
-        return min(self._most, max(MIN_CHUNK, int(min(tokens, self._most)) // BLOCK * BLOCK))
+        return min(self._most, max(self.least, int(min(tokens, self._most)) // BLOCK * BLOCK))

@@ -15,9 +15,10 @@ import torch
 
 from serve_app.engines import choice, graphs
 from serve_app.engines.gate import LayerKinds
-from serve_app.engines.graphs import Graphs, Pass, Recorder, Shape, shapes
+from serve_app.engines.graphs import PIECES, Graphs, Pass, Recorder, Shape, shapes
+from serve_app.engines.loop import MOST_REPLAYS, Feed, Seat, SlotLoop, piece
 from serve_app.engines.packed import FREE_AREA, MOST_AREA, MOST_KEYS, padded, together
-from serve_app.engines.slots import Feed, Seat, SlotDecoder, SlotLoop, piece
+from serve_app.engines.slots import SlotDecoder
 from serve_app.engines.transformers import TransformersEngine
 from tests.engine.test_slots import Ask, Make, decoder_of
 from tests.engine.test_slots_families import CLOSE, RUN, gap, generated, model_of, play, traffic
@@ -25,10 +26,11 @@ from tests.engine.test_slots_families import decoder_of as decoder_for
 
 WHOLE = Shape(12, 1024)
 FAMILIES = ["llama", "mistral, sliding", "mixtral", "gemma2", "gemma3", "gpt2", "opt", "deepseek-v3"]
+LONG = [5 + number % 280 for number in range(300)]
 TEXTS = [list(range(5, 25)), list(range(40, 47)), [9, 8, 7, 6], list(range(100, 190))]
 
 
-def computed(compute: Pass) -> Pass:
+def computed(shape: Shape, compute: Pass) -> Pass:
     """Stands for a capture where there is no GPU."""
     return compute
 
@@ -43,10 +45,10 @@ def pretended(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     monkeypatch.setattr(SlotLoop, "on_cpu", False)
 
 
-def loop_of(model: Any, record: Any = None, rows: int = 6) -> SlotLoop:
+def loop_of(model: Any, record: Any = None, rows: int = 6, limit: int = 256) -> SlotLoop:
     if record is None:
         record = computed if model.device.type == "cpu" else Recorder(model.device)
-    return SlotLoop(model, LayerKinds.of(model), rows, 256, 256 * rows, record)
+    return SlotLoop(model, LayerKinds.of(model), rows, limit, limit * rows, record)
 
 
 def sat(loop: SlotLoop, *texts: list[int]) -> list[Seat]:
@@ -74,10 +76,25 @@ def test_few_shapes_hold_all_steps(steps: int, length: int, rows: int, rounded: 
 
 
 def test_the_likeliest_shapes_come_first() -> None:
-    assert [(shape.rows, shape.length) for shape in shapes(3, WHOLE)] == [
-        (rows, length) for length in (256, 512, 1024) for rows in (4, 2, 1)
+    assert list(shapes(3, WHOLE)) == [
+        Shape(rows, length, tokens)
+        for length in (256, 512, 1024)
+        for rows, tokens in ((1, 256), (1, 64), (4, 1), (2, 1), (1, 1))
     ]
-    assert list(shapes(2, Shape(2, 48))) == [Shape(2, 48), Shape(1, 48)]
+    assert [shape for shape in shapes(2, Shape(2, 48)) if not shape.reads] == [Shape(2, 48), Shape(1, 48)]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "length", "shape"),
+    [
+        (2, 2, Shape(1, 256, 64)),
+        (64, 300, Shape(1, 512, 64)),
+        (65, 65, Shape(1, 256, 256)),
+        (256, 1024, Shape(1, 1024, 256)),
+    ],
+)
+def test_few_shapes_hold_all_pieces(tokens: int, length: int, shape: Shape) -> None:
+    assert Shape.of_piece(tokens, length, WHOLE) == shape
 
 
 def test_prompts_of_like_length_share_a_call_and_others_do_not() -> None:
@@ -110,7 +127,7 @@ def test_few_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     def compute(shape: Shape, inputs: torch.Tensor) -> torch.Tensor:
         return torch.full((shape.rows, 1), float(shape.length))
 
-    def record(run: Pass) -> Pass:
+    def record(shape: Shape, run: Pass) -> Pass:
         captured.append(int(run()[0]))
         return run
 
@@ -206,6 +223,75 @@ def test_a_replayed_step_has_the_logits_of_a_computed_one(device: str) -> None:
             assert close(found, expected)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "mistral, sliding"])
+def test_a_replayed_piece_has_the_logits_of_a_computed_one(family: str, device: str) -> None:
+    model = model_of(RUN[family]()).to(device)
+    assert len(LONG) > PIECES[-1]  # so that one piece takes two replays
+    with torch.inference_mode():
+        found = []
+        for replay in (False, True):
+            loop = loop_of(model, limit=512)
+            seats = [Seat(list(text), len(text) + 40) for text in (*TEXTS, LONG)]
+            for seat in seats:
+                loop.sit(seat)
+            logits = [loop.run([piece(seats[0], seats[0].left), piece(seats[3], 30)], replay)]
+            assert loop.replayed is replay
+            logits.append(loop.run([Feed(seats[0], [7]), *(piece(seat, seat.left) for seat in seats[1:])], replay))
+            logits.append(loop.run([Feed(seat, [8], wanted=seat is not seats[2]) for seat in seats], replay))
+            assert loop.replayed is replay
+            assert [len(part) for part in logits] == [1, 5, 4]
+            found.append(torch.cat(logits))
+    assert found[0].argmax(-1).equal(found[1].argmax(-1)) and close(*found)
+
+
+def test_what_fills_a_piece_up_is_written_where_nobody_looks(device: str) -> None:
+    model = model_of(RUN["llama"]()).to(device)
+    with torch.inference_mode():
+        loop = loop_of(model)
+        seats = sat(loop, *TEXTS)
+        before = [layer.keys[:, :, :256].clone() for layer in loop._cache.layers]
+        newcomer = Seat(list(range(50, 60)), 30)
+        loop.sit(newcomer)
+        loop.run([piece(newcomer, newcomer.left)])
+        assert loop.replayed and newcomer.row is not None
+        for layer, held in zip(loop._cache.layers, before, strict=True):
+            changed = (layer.keys[:, :, :256] != held).any(-1).any(1).nonzero().tolist()
+            assert changed == [[newcomer.row.index, place] for place in range(10)]
+        assert {seat.row.index for seat in seats if seat.row}.isdisjoint({newcomer.row.index})
+
+
+def test_many_pieces_are_computed_in_one_pass(device: str) -> None:
+    model = model_of(RUN["llama"]()).to(device)
+    with torch.inference_mode():
+        loop = loop_of(model, rows=MOST_REPLAYS + 1)
+        seats = [Seat([9 + number, 4, 5], 8) for number in range(MOST_REPLAYS + 1)]
+        for seat in seats:
+            loop.sit(seat)
+        loop.run([piece(seat, 2) for seat in seats])
+        assert not loop.replayed
+        assert loop.tells(running=0)
+
+
+def test_prompts_that_cannot_be_captured_are_computed_and_steps_are_replayed(device: str, caplog: Any) -> None:
+    def record(shape: Shape, run: Pass) -> Pass:
+        if shape.reads:
+            raise RuntimeError("this kernel waits")
+        return (computed if device == "cpu" else recorder)(shape, run)
+
+    model = model_of(RUN["llama"]()).to(device)
+    recorder = computed if device == "cpu" else Recorder(model.device)
+    with torch.inference_mode(), caplog.at_level(logging.WARNING):
+        loop = loop_of(model, record)
+        seats = sat(loop, *TEXTS)
+        assert not loop.replayed and loop.graphs is not None and loop.graphs.active and not loop.graphs.reads
+        loop.run([Feed(seat, [3]) for seat in seats])
+        assert loop.replayed and not loop.tells(running=len(seats))
+        loop.graphs.capture(4, 10.0)
+    assert [record.message for record in caplog.records] == [
+        "prompts are read without CUDA graphs: RuntimeError: this kernel waits"
+    ]
+
+
 def test_rows_without_a_step_keep_what_they_hold(device: str) -> None:
     model = model_of(RUN["llama"]()).to(device)
     with torch.inference_mode():
@@ -234,7 +320,7 @@ def test_rows_without_a_step_keep_what_they_hold(device: str) -> None:
 
 @pytest.mark.usefixtures("pretended")
 def test_replays_that_compute_other_tokens_are_found_at_load(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    def frozen(compute: Pass) -> Pass:
+    def frozen(shape: Shape, compute: Pass) -> Pass:
         found = compute().clone()
         return lambda: found
 
@@ -273,7 +359,7 @@ def raises_when_captured(positions: torch.Tensor) -> None:
         raise ValueError("not here")
 
 
-def refused(run: Pass) -> Pass:
+def refused(shape: Shape, run: Pass) -> Pass:
     raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
 
@@ -299,7 +385,7 @@ def test_a_model_that_cannot_be_captured_computes_its_steps(
                 read = seat.row.ids if seat.row else []
                 expected = model(torch.tensor([read], device=device)).logits[0, -1]
                 assert close(logits, expected)
-    assert len([record for record in caplog.records if "without CUDA graphs" in record.message]) == 1
+    assert len([record for record in caplog.records if "without CUDA graphs" in record.message]) == 2
     if device == "cuda":  # memory is given back as before, and another model can have graphs
         torch.cuda.empty_cache()
         monkeypatch.undo()

@@ -316,6 +316,15 @@ def test_the_pace_lets_running_streams_wait_no_longer_than_a_step() -> None:
     assert pace.allowance(running=4, reading=1) == MIN_CHUNK
 
 
+def test_a_pass_reads_no_less_than_what_takes_as_long() -> None:
+    pace = Pace(4096)
+    pace.least = 256
+    for _ in range(50):
+        pace.passed(steps=8, tokens=0, seconds=0.004)
+        pace.passed(steps=8, tokens=64, seconds=0.008)
+    assert pace.allowance(running=8, reading=1) == 256
+
+
 def test_where_a_pass_costs_the_same_however_long_prompts_are_read_whole() -> None:
     pace = Pace(4096)
     pace.passed(steps=0, tokens=100, seconds=0.030)  # the first seems dear: it holds what every pass costs
