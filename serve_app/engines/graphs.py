@@ -9,6 +9,7 @@ up, get inputs that do no harm.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 import warnings
@@ -194,8 +195,9 @@ class Recorder:
                         compute()
             here.wait_stream(self._stream)
             graph = self._latest = torch.cuda.CUDAGraph()
+            how = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
             try:
-                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                with _no_garbage(), torch.cuda.graph(graph, **how):
                     found = compute()
             except Exception:
                 self._end_allocations()
@@ -212,6 +214,18 @@ class Recorder:
         """What torch does not do after a capture that CUDA refused to end; without it no memory could be freed."""
         with suppress(Exception):  # it was done, or is done otherwise in this version of torch
             torch._C._cuda_endAllocateToPool(self._stream.device.index, self._pool)
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Nothing is collected meanwhile: freeing another model's graphs calls CUDA, in the midst of a capture."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 @contextmanager

@@ -218,7 +218,7 @@ async def test_passes_that_fail_again_and_again_show_in_the_health_check(
     def broken(*args: Any) -> torch.Tensor:
         raise RuntimeError("device lost")
 
-    monkeypatch.setattr(decoder_of(engine).loop, "_forward", broken)
+    monkeypatch.setattr(decoder_of(engine).loop, "run", broken)
     for _ in range(3):
         engine.check_health()
         with pytest.raises(GenerationFailed):
