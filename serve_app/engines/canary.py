@@ -107,7 +107,7 @@ def touch(loop: SlotLoop, ids: Sequence[int]) -> None:
     """Read a few tokens: what a loop allocates at its first pass, it shall allocate while the model loads."""
     seat = Seat(list(ids)[: loop.limit // 2], loop.limit)
     loop.sit(seat)
-    loop.run([piece(seat, seat.left)])
+    loop.run([piece(seat, seat.left)], replay=False)
     loop.leave(seat, spoilt=True)
 
 
