@@ -25,8 +25,8 @@ AHEAD = 64
 """Items that one stream may have ready; a source that is faster than the wire waits until they have left. So no frame
 holds more of one stream than its neighbours can wait for."""
 MOST_PER_S = 1280.0
-"""Items per second that a stream gives, after the first ``FREE_S`` seconds' worth of them. No model makes so many of
-one reply; a source that could would take the wire and the processors from its neighbours."""
+"""Items per second that a stream with neighbours gives, after the first ``FREE_S`` seconds' worth of them: a source
+that makes more would take the wire and the processors from them."""
 FREE_S = 0.5
 STRIDE = 16
 """Items between two looks at the clock."""
@@ -163,9 +163,12 @@ class Outbox:
                     if len(stream.ready) >= AHEAD:
                         await stream.wait_for_room()
                     if count % STRIDE == 0:
-                        due = max(due, self._clock() - FREE_S) + STRIDE / MOST_PER_S
-                        if (early_s := due - self._clock()) > 0:
-                            await asyncio.sleep(early_s)
+                        now = self._clock()
+                        due = max(due, now - FREE_S) + STRIDE / MOST_PER_S
+                        if self._alone(stream):
+                            due = min(due, now)  # neither a debt nor, once another comes, a burst
+                        elif due > now:
+                            await asyncio.sleep(due - now)
             if not stream.complete:
                 stream.add(Broken(Internal.masked().to_dict()))
         except RotundaError as error:
@@ -173,6 +176,9 @@ class Outbox:
         except Exception as error:
             stream.add(Broken(self._fault(error).to_dict()))
         self._changed.set()
+
+    def _alone(self, stream: _Outgoing) -> bool:
+        return all(other is stream or other.ended for other in self._streams.values())
 
     async def _next_frame(self) -> Frame:
         await self._changed.wait()

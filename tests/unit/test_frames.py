@@ -99,8 +99,12 @@ async def test_a_stream_that_runs_ahead_waits_and_makes_no_frame_large() -> None
             yield DELTAS[0]
         yield FINISH
 
+    async def quiet() -> AsyncGenerator[Item, None]:
+        yield DELTAS[0]
+        await asyncio.Event().wait()
+
     began = time.monotonic()
-    fast, slow = outbox.carry("fast", torrent()), outbox.carry("slow", source(words("w", 3)))
+    fast, slow = outbox.carry("fast", torrent()), outbox.carry("slow", quiet())
     waiting = asyncio.create_task(anext(slow))
     await anext(fast)
     for _ in range(3):
@@ -116,6 +120,44 @@ async def test_a_stream_that_runs_ahead_waits_and_makes_no_frame_large() -> None
     assert max(sizes) <= AHEAD and sum(sizes) >= count + 1 - AHEAD
     assert time.monotonic() - began >= (count - STRIDE) / MOST_PER_S - FREE_S  # the processors are not its alone
     waiting.cancel()
+
+
+async def test_only_a_stream_with_neighbours_is_slowed_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    original = asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        slept.extend([seconds] * (seconds > 0))
+        await original(0)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    outbox, halfway, arrived = Outbox(most_tokens=1, clock=lambda: 0.0), asyncio.Event(), asyncio.Event()
+    alone = int(4 * FREE_S * MOST_PER_S)
+
+    async def torrent() -> AsyncGenerator[Item, None]:
+        for _ in range(alone):
+            yield DELTAS[0]
+        assert slept == []
+        halfway.set()
+        await arrived.wait()
+        for _ in range(2 * STRIDE):
+            yield DELTAS[0]
+        yield FINISH
+
+    async def neighbour() -> AsyncGenerator[Item, None]:
+        arrived.set()
+        await asyncio.Event().wait()
+        yield FINISH
+
+    async def count(call: AsyncGenerator[Frame, None]) -> int:
+        return sum([len(piece.items) async for frame in call for piece in frame if piece.stream == "fast"])
+
+    reading = asyncio.create_task(count(outbox.carry("fast", torrent())))
+    await halfway.wait()
+    other = asyncio.create_task(anext(outbox.carry("other", neighbour())))
+    assert await reading == alone + 2 * STRIDE + 1
+    assert slept == pytest.approx([STRIDE / MOST_PER_S, 2 * STRIDE / MOST_PER_S])  # at once: no burst is free
+    other.cancel()
 
 
 async def test_what_is_sent_again_comes_in_frames_of_a_few_pieces() -> None:

@@ -149,6 +149,9 @@ def test_the_report_shows_what_was_written_and_keeps_apart_what_is_not_for_publi
     assert "| ours over theirs |  | 1.2 [1.1, 1.3] | ≥ 1 | reached |" in text
     assert "1,234 [1,234, 1,234] µs" in text
     assert "**Not for publication:** others took 60% of the processors." in text
+    assert "A second run" not in text
+    again = report.tables(read(tmp_path), read(tmp_path))
+    assert "A second run (demo): of 1 rows 1 (100%) have their second median where the first run expected it" in again
 
 
 def test_files_of_another_kind_are_no_results(tmp_path: Path) -> None:
