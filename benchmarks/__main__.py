@@ -33,8 +33,8 @@ class Step:
 
 BUDGET = ("--budget", "90", "--slow-rounds", "3", *PEERS)
 COMPARED = (
-    Step("engine", ("--sizes", "5M", "--budget", "70", "--slow-rounds", "3", *PEERS), 6),
-    Step("engine", ("--sizes", "30M", *BUDGET), 18),
+    Step("engine", ("--sizes", "5M", "--budget", "70", "--slow-rounds", "3", *PEERS), 10),
+    Step("engine", ("--sizes", "30M", *BUDGET), 25),
     Step("engine", ("--sizes", "90M", "--streams", "1", "8", *BUDGET), 20),
     Step("hops", (), 5),
     Step("gateway", (), 5),
@@ -45,7 +45,7 @@ COMPARED = (
 
 SETS: dict[str, tuple[Step, ...]] = {
     "quick": (
-        Step("hops", ("--quick",), 2),
+        Step("hops", ("--quick",), 2.5),
         Step("paced", ("--quick",), 2),
         Step("engine", ("--quick", "--sizes", "5M", "--streams", "1", "8", "--peers"), 2),
         Step("overload", ("--quick",), 2),
