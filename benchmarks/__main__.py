@@ -31,11 +31,11 @@ class Step:
     minutes: float = 4.0
 
 
-BUDGET = ("--budget", "90", "--slow-rounds", "3", *PEERS)
+BOUNDED = ("--budget", "90", "--slow-rounds", "3")
 COMPARED = (
     Step("engine", ("--sizes", "5M", "--budget", "70", "--slow-rounds", "3", *PEERS), 10),
-    Step("engine", ("--sizes", "30M", *BUDGET), 25),
-    Step("engine", ("--sizes", "90M", "--streams", "1", "8", *BUDGET), 20),
+    Step("engine", ("--sizes", "30M", *BOUNDED, *PEERS), 25),
+    Step("engine", ("--sizes", "90M", "--streams", "1", "8", *BOUNDED, *PEERS), 20),
     Step("hops", (), 5),
     Step("gateway", (), 5),
     Step("paced", (), 8),
@@ -55,7 +55,7 @@ SETS: dict[str, tuple[Step, ...]] = {
     "peers": COMPARED,
     "publish": (
         *COMPARED,
-        Step("engine", ("--sizes", "90M", "--streams", "32", *BUDGET[:-1]), 40),
+        Step("engine", ("--sizes", "90M", "--streams", "32", *BOUNDED, *PEERS[:-1]), 40),
         Step("batch_scaling", ("--budget", "60"), 10),
         Step("batch_scaling", ("--sizes", "90M", "--budget", "60"), 12),
         Step("frames", (), 6),

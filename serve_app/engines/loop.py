@@ -122,18 +122,21 @@ class SlotLoop:
         """
         steps = [feed for feed in feeds if len(feed.tokens) == 1]
         pieces = [feed for feed in feeds if len(feed.tokens) > 1]
+        logits = self._replay(feeds, steps, pieces) if replay else None
+        self.replayed = logits is not None
+        if logits is None:
+            logits = self._computed(feeds, steps, pieces)
+        for feed in feeds:
+            _row(feed.seat).ids += feed.tokens
+        return logits
+
+    def _computed(self, feeds: Sequence[Feed], steps: Sequence[Feed], pieces: Sequence[Feed]) -> torch.Tensor:
         batches = self._batches(pieces)
         line = [*steps, *(pieces[number] for batch in batches for number in batch)]
         at = {feed.seat: number for number, feed in enumerate(line)}
         wanted = [at[feed.seat] for feed in feeds if feed.wanted]
-        logits = self._replay(feeds, steps, pieces) if replay else None
-        self.replayed = logits is not None
-        if logits is None:
-            self._bring_together([_row(feed.seat) for feed in steps])
-            logits = self._forward(line, len(steps), [len(batch) for batch in batches], wanted)
-        for feed in feeds:
-            _row(feed.seat).ids += feed.tokens
-        return logits
+        self._exchange(self.rows.swaps([_row(feed.seat) for feed in steps]))
+        return self._forward(line, len(steps), [len(batch) for batch in batches], wanted)
 
     def _batches(self, pieces: Sequence[Feed]) -> list[list[int]]:
         """Which pieces of prompts share a call of attention: their numbers, in the order of their rows."""
@@ -141,9 +144,6 @@ class SlotLoop:
             return [[number] for number in range(len(pieces))]
         sizes = [(len(feed.tokens), len(_row(feed.seat).ids) + len(feed.tokens)) for feed in pieces]
         return [sorted(batch, key=lambda number: _row(pieces[number].seat).index) for batch in together(sizes)]
-
-    def _bring_together(self, rows: Sequence[Row]) -> None:
-        self._exchange(self.rows.swaps(rows))
 
     def _exchange(self, pairs: Sequence[tuple[Row, Row]]) -> None:
         for moved, other in pairs:
@@ -189,7 +189,7 @@ class SlotLoop:
         return logits
 
     def _replay(self, feeds: Sequence[Feed], steps: Sequence[Feed], pieces: Sequence[Feed]) -> torch.Tensor | None:
-        """What :meth:`_forward` gives; None where there is no graph, or would be more of them than a pass is worth."""
+        """What :meth:`_computed` gives; None where there is no graph, or would be more of them than a pass is worth."""
         if self.graphs is None or not self.graphs.active:
             return None
         if pieces and not (self.graphs.reads and sum(map(_replays, pieces)) <= MOST_REPLAYS):

@@ -151,7 +151,8 @@ def test_replayed_steps_and_padded_prompts_get_the_tokens_of_generate(family: st
     run, batched = loop.run, loop._batches
 
     def noted(feeds: Any) -> torch.Tensor:
-        found = run(feeds)
+        # Prompts that come together share a call of attention here, as more of them do; one alone is replayed.
+        found = run(feeds, replay=sum(len(feed.tokens) > 1 for feed in feeds) < 2)
         replayed.append(loop.replayed)
         return found
 
@@ -188,10 +189,10 @@ def test_padded_prompts_are_read_as_each_alone(device: str) -> None:
         found = []
         for pads in (True, False):
             loop, seats = unread(model, pads)
-            loop.run([piece(seats[3], 30)])
+            loop.run([piece(seats[3], 30)], replay=False)
             feeds = [piece(seat, seat.left) for seat in seats]
             assert len(loop._batches(feeds)) == (1 if pads else 4)
-            found.append(loop.run(feeds))
+            found.append(loop.run(feeds, replay=False))
     assert found[0].argmax(-1).equal(found[1].argmax(-1)) and close(*found)
 
 
@@ -202,7 +203,7 @@ def test_padded_prompts_need_not_lie_side_by_side(device: str) -> None:
         for pads in (True, False):
             loop, seats = unread(model, pads)
             loop.leave(seats.pop(1))
-            found.append(loop.run([piece(seat, seat.left) for seat in seats]))
+            found.append(loop.run([piece(seat, seat.left) for seat in seats], replay=False))
     assert found[0].argmax(-1).equal(found[1].argmax(-1)) and close(*found)
 
 
