@@ -73,14 +73,21 @@ def _section(result: Found, level: str = "###") -> Iterator[str]:
 
 
 def _table(rows: Iterable[Found]) -> Iterator[str]:
-    yield "| | measured | median [95 % interval] | target | |"
-    yield "|---|---|---|---|---|"
+    yield "| | measured | median [95 % interval] | another run | target | |"
+    yield "|---|---|---|---|---|---|"
     for row in rows:
         value = row["value"]
         middle = f"{number(value['median'])} [{number(value['low'])}, {number(value['high'])}]"
         unit = "" if row["unit"] == "ratio" else f" {row['unit']}"
         mark = f"**{row['verdict']}**" if row["verdict"] == "missed" else row["verdict"]
-        yield f"| {row['what']} | {_sides(row)} | {middle}{unit} | {_bound(row['target'])} | {mark} |"
+        yield f"| {row['what']} | {_sides(row)} | {middle}{unit} | {_again_within(value)} | {_bound(row['target'])} | {mark} |"
+
+
+def _again_within(value: Mapping[str, Any]) -> str:
+    """Between what another run's median is expected; one round alone tells nothing of it."""
+    if value["rounds"] < 2 or "again" not in value:
+        return ""
+    return " to ".join(number(bound) for bound in value["again"])
 
 
 def _sides(row: Found) -> str:

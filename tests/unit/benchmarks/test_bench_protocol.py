@@ -138,7 +138,9 @@ def test_numbers_are_written_with_five_digits() -> None:
 
 def test_the_report_shows_what_was_written_and_keeps_apart_what_is_not_for_publication(tmp_path: Path) -> None:
     good = result(tmp_path)
-    good.add(Measured({}, [0.0]), row(1.1, 1.2, 1.3))
+    good.add(
+        Measured({}, [0.0]), row(1.1, 1.2, 1.3), Row("repeated", Interval(2.0, 1.9, 2.1, 5, again=(1.75, 2.25)), "ratio")
+    )
     bad = Result("other", "A busy machine", False, tmp_path, QUIET, problems=["others took 60% of the processors"])
     bad.add(Measured({}, [0.0]), Row("µs", bootstrap([1234.5] * 7), "µs"))
     for made in (good, bad):
@@ -146,12 +148,13 @@ def test_the_report_shows_what_was_written_and_keeps_apart_what_is_not_for_publi
         assert json.loads(path.read_text())["rows"]
     text = report.tables(read(tmp_path))
     assert text.index("A demonstration") < text.index("not to be relied on") < text.index("A busy machine")
-    assert "| ours over theirs |  | 1.2 [1.1, 1.3] | ≥ 1 | reached |" in text
+    assert "| ours over theirs |  | 1.2 [1.1, 1.3] |  | ≥ 1 | reached |" in text
+    assert "| repeated |  | 2 [1.9, 2.1] | 1.75 to 2.25 |  | reported |" in text
     assert "1,234 [1,234, 1,234] µs" in text
     assert "**Not for publication:** others took 60% of the processors." in text
     assert "A second run" not in text
     again = report.tables(read(tmp_path), read(tmp_path))
-    assert "A second run (demo): of 1 rows 1 (100%) have their second median where the first run expected it" in again
+    assert "A second run (demo): of 2 rows 2 (100%) have their second median where the first run expected it" in again
 
 
 def test_files_of_another_kind_are_no_results(tmp_path: Path) -> None:
