@@ -69,6 +69,7 @@ SETS: dict[str, tuple[Step, ...]] = {
         Step("cold", (), 6),
         Step("long_streams", (), 3),
         Step("many_models", (), 4),
+        Step("starts", (), 6),
     ),
 }
 

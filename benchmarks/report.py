@@ -80,7 +80,8 @@ def _table(rows: Iterable[Found]) -> Iterator[str]:
         middle = f"{number(value['median'])} [{number(value['low'])}, {number(value['high'])}]"
         unit = "" if row["unit"] == "ratio" else f" {row['unit']}"
         mark = f"**{row['verdict']}**" if row["verdict"] == "missed" else row["verdict"]
-        yield f"| {row['what']} | {_sides(row)} | {middle}{unit} | {_again_within(value)} | {_bound(row['target'])} | {mark} |"
+        told = (row["what"], _sides(row), f"{middle}{unit}", _again_within(value), _bound(row["target"]), mark)
+        yield f"| {' | '.join(told)} |"
 
 
 def _again_within(value: Mapping[str, Any]) -> str:

@@ -139,7 +139,9 @@ def test_numbers_are_written_with_five_digits() -> None:
 def test_the_report_shows_what_was_written_and_keeps_apart_what_is_not_for_publication(tmp_path: Path) -> None:
     good = result(tmp_path)
     good.add(
-        Measured({}, [0.0]), row(1.1, 1.2, 1.3), Row("repeated", Interval(2.0, 1.9, 2.1, 5, again=(1.75, 2.25)), "ratio")
+        Measured({}, [0.0]),
+        row(1.1, 1.2, 1.3),
+        Row("repeated", Interval(2.0, 1.9, 2.1, 5, again=(1.75, 2.25)), "ratio"),
     )
     bad = Result("other", "A busy machine", False, tmp_path, QUIET, problems=["others took 60% of the processors"])
     bad.add(Measured({}, [0.0]), Row("µs", bootstrap([1234.5] * 7), "µs"))
