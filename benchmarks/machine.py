@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
@@ -20,6 +21,7 @@ PACKAGES = ("rotunda", "ray", "torch", "transformers", "fastapi", "uvicorn")
 QUIET_SHARE = 0.25
 """Of the processors' time that others may take before a run, for its results to count as publishable."""
 STEAL_SHARE = 0.05
+SPEED_TRIES, SPEED_ROUNDS = 15, 1_000_000
 
 
 def facts(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
@@ -62,11 +64,12 @@ def _version(name: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Quiet:
-    """What the machine did for a moment before a run: shares of all processors' time."""
+    """What the machine did for a moment before a run, as shares of all processors' time, and its ``speed()`` then."""
 
     busy: float
     steal: float
     load: float
+    speed: float | None = None
 
     @property
     def problem(self) -> str | None:
@@ -78,7 +81,8 @@ class Quiet:
         return None
 
     def to_json(self) -> dict[str, Any]:
-        return {"busy": round(self.busy, 3), "steal": round(self.steal, 3), "load": self.load, "problem": self.problem}
+        told = {"busy": round(self.busy, 3), "steal": round(self.steal, 3), "load": self.load, "problem": self.problem}
+        return told | ({"speed": round(self.speed, 2)} if self.speed is not None else {})
 
 
 def look(seconds: float = 2.0) -> Quiet:
@@ -88,10 +92,24 @@ def look(seconds: float = 2.0) -> Quiet:
     after = psutil.cpu_times()
     whole = sum(after) - sum(before)
     if whole <= 0:
-        return Quiet(0.0, 0.0, os.getloadavg()[0])
+        return Quiet(0.0, 0.0, os.getloadavg()[0], speed())
     idle = after.idle + getattr(after, "iowait", 0.0) - before.idle - getattr(before, "iowait", 0.0)
     steal = getattr(after, "steal", 0.0) - getattr(before, "steal", 0.0)
-    return Quiet(max(0.0, (whole - idle - steal) / whole), steal / whole, os.getloadavg()[0])
+    return Quiet(max(0.0, (whole - idle - steal) / whole), steal / whole, os.getloadavg()[0], speed())
+
+
+def speed() -> float:
+    """Million rounds per second of an empty loop of Python, the median of SPEED_TRIES.
+
+    One virtual machine is not as fast at every hour: this tells the hours of two runs apart, without any of their code.
+    """
+    times = []
+    for _ in range(SPEED_TRIES):
+        begun = time.perf_counter()
+        for _ in range(SPEED_ROUNDS):
+            pass
+        times.append(time.perf_counter() - begun)
+    return SPEED_ROUNDS / median(times) / 1e6
 
 
 @dataclass(slots=True)

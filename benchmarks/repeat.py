@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.repeat SECOND [FIRST]``: folders of results (FIRST is ``benchmarks/results``). For each row that
 both have: does the second run's median lie where the first one expected it, and within the 95 % interval of the first
-one's own median? Of two runs each has its error, so the latter holds in some five of six rows at best.
+one's own median? Of two runs each has its error, so the latter holds in some five of six rows at best. Neither can hold
+where the machine itself was not as fast: its speed stands beside the runs (benchmarks.machine.speed), and is told.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class Pair:
     scenario: str
     first: dict[str, Any]
     second: dict[str, Any]
+    speed: float | None = None
+    """The machine's in the second run over that in the first, where both know it."""
 
     @property
     def expected(self) -> bool:
@@ -58,9 +61,11 @@ class Compared:
     def __str__(self) -> str:
         rows = len(self.pairs)
         expected, within = sum(pair.expected for pair in self.pairs), sum(pair.within for pair in self.pairs)
+        speeds = [pair.speed for pair in self.pairs if pair.speed is not None]
+        told = f"; the machine ran at {min(speeds):.2f} to {max(speeds):.2f} of the first run's speed" if speeds else ""
         return (
             f"of {rows} rows {expected} ({expected / rows:.0%}) have their second median where the first run "
-            f"expected it, {within} ({within / rows:.0%}) within the 95 % interval of the first median itself"
+            f"expected it, {within} ({within / rows:.0%}) within the 95 % interval of the first median itself{told}"
         )
 
 
@@ -71,12 +76,19 @@ def compared(first: Sequence[Found], second: Sequence[Found]) -> Compared:
 
 def _pairs(first: Sequence[Found], second: Sequence[Found]) -> Iterator[Pair]:
     """The rows that both runs have, by scenario and name; figures of quick and of full runs are not compared."""
-    known = {(result["scenario"], result["quick"], row["what"]): row for result in first for row in result["rows"]}
+    known = {
+        (result["scenario"], result["quick"], row["what"]): (row, result) for result in first for row in result["rows"]
+    }
     for result in second:
         for row in result["rows"]:
             before = known.get((result["scenario"], result["quick"], row["what"]))
             if before is not None:
-                yield Pair(result["scenario"], before, row)
+                yield Pair(result["scenario"], before[0], row, _speed(before[1], result))
+
+
+def _speed(first: Found, second: Found) -> float | None:
+    before, after = (result.get("quiet", {}).get("speed") for result in (first, second))
+    return after / before if before and after else None
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -105,12 +105,13 @@ def _conditions(result: Found) -> str:
     rounds = sorted({row["value"]["rounds"] for row in result["rows"]})
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     settings = ", ".join(f"{name} {_told(value)}" for name, value in result["settings"].items())
-    foreign = result["foreign_share"]
+    foreign, speed = result["foreign_share"], result["quiet"].get("speed")
     return (
         f"{machine['date'][:10]}, {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB"
         + (f", {machine['gpu']}; " if "gpu" in machine else "; ")
         + f"{' or '.join(map(str, rounds))} rounds"
         + (f"; others took {foreign:.0%} of the processors" if foreign is not None else "")
+        + (f"; an empty loop of Python runs {speed:.3g} million times per second" if speed is not None else "")
         + f"; {versions}. Settings: {settings}."
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import protocol, report
+from benchmarks import machine, protocol, report
 from benchmarks.found import read
 from benchmarks.machine import Quiet
 from benchmarks.protocol import Contender, Measured, Result, Row, Target, measure, rounded
@@ -155,8 +155,18 @@ def test_the_report_shows_what_was_written_and_keeps_apart_what_is_not_for_publi
     assert "1,234 [1,234, 1,234] µs" in text
     assert "**Not for publication:** others took 60% of the processors." in text
     assert "A second run" not in text
+    assert "empty loop" not in text
     again = report.tables(read(tmp_path), read(tmp_path))
     assert "A second run (demo): of 2 rows 2 (100%) have their second median where the first run expected it" in again
+
+
+def test_the_machines_speed_stands_beside_a_result(tmp_path: Path) -> None:
+    quiet = machine.look(0.01)
+    made = result(tmp_path, quiet)
+    made.add(Measured({}, [0.0]), row(1.1, 1.2, 1.3))
+    written = json.loads(made.write().read_text())["quiet"]["speed"]
+    assert quiet.speed is not None and 0 < written == round(quiet.speed, 2)
+    assert f"an empty loop of Python runs {written:.3g} million times per second" in report.tables(read(tmp_path))
 
 
 def test_files_of_another_kind_are_no_results(tmp_path: Path) -> None:

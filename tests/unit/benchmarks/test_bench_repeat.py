@@ -13,7 +13,9 @@ from benchmarks.repeat import main
 Values = dict[str, tuple[float, float, float]]
 
 
-def write(folder: Path, values: Values, quick: bool = False, again: tuple[float, float] | None = None) -> Path:
+def write(
+    folder: Path, values: Values, quick: bool = False, again: tuple[float, float] | None = None, speed: float = 0
+) -> Path:
     rows: list[dict[str, Any]] = [
         {"what": what, "value": dict(zip(("low", "median", "high"), found, strict=True))}
         for what, found in values.items()
@@ -21,7 +23,9 @@ def write(folder: Path, values: Values, quick: bool = False, again: tuple[float,
     for row in rows:
         row["value"] |= {"again": again} if again else {}
     folder.mkdir(exist_ok=True)
-    (folder / "one.json").write_text(json.dumps({"scenario": "one", "quick": quick, "rows": rows}))
+    quiet = {"speed": speed} if speed else {}
+    found = {"scenario": "one", "quick": quick, "rows": rows, "quiet": quiet}
+    (folder / "one.json").write_text(json.dumps(found))
     return folder
 
 
@@ -45,3 +49,11 @@ def test_without_an_expectation_the_interval_of_the_median_is_what_counts(
 def test_a_quick_run_is_not_held_against_a_full_one(tmp_path: Path) -> None:
     first = write(tmp_path / "a", {"x": (1, 2, 3)})
     assert main([str(write(tmp_path / "b", {"x": (1, 2, 3)}, quick=True)), str(first)]) == 2
+
+
+def test_a_machine_that_was_not_as_fast_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = write(tmp_path / "a", {"x": (1, 2, 3)}, speed=80)
+    assert main([str(write(tmp_path / "b", {"x": (1, 2, 3)}, speed=60)), str(first)]) == 0
+    assert capsys.readouterr().out.endswith("; the machine ran at 0.75 to 0.75 of the first run's speed\n")
+    assert main([str(write(tmp_path / "c", {"x": (1, 2, 3)})), str(first)]) == 0
+    assert "speed" not in capsys.readouterr().out
