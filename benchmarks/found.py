@@ -9,8 +9,8 @@ from typing import Any
 
 from benchmarks.protocol import RESULTS
 
-AGAIN = RESULTS / "again"
-"""A second run of some of the published scenarios: whether it says what the first one said."""
+REPEATS = {"A second run": RESULTS / "again", "A third run": RESULTS / "third"}
+"""Later runs of some of the published scenarios: whether they say what the first one said."""
 ORDER = (
     "engine_5M",
     "engine_30M",

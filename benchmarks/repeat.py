@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.repeat SECOND [FIRST]``: folders of results (FIRST is ``benchmarks/results``). For each row that
 both have: does the second run's median lie where the first one expected it, and within the 95 % interval of the first
-one's own median? Of two runs each has its error, so the latter holds in some five of six rows at best. Neither can hold
-where the machine itself was not as fast: its speed stands beside the runs (benchmarks.machine.speed), and is told.
+one's own median? Of two runs each has its error, so the latter holds in some five of six rows at best. Neither
+knows how fast the machine was: its speed before each run (benchmarks.machine.speed) is told where both runs have it.
 """
 
 from __future__ import annotations
@@ -81,9 +81,10 @@ def _pairs(first: Sequence[Found], second: Sequence[Found]) -> Iterator[Pair]:
     }
     for result in second:
         for row in result["rows"]:
-            before = known.get((result["scenario"], result["quick"], row["what"]))
-            if before is not None:
-                yield Pair(result["scenario"], before[0], row, _speed(before[1], result))
+            key = (result["scenario"], result["quick"], row["what"])
+            if key in known:
+                before, first_result = known[key]
+                yield Pair(result["scenario"], before, row, _speed(first_result, result))
 
 
 def _speed(first: Found, second: Found) -> float | None:

@@ -10,9 +10,10 @@ import argparse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from benchmarks.found import AGAIN, Found, number, read
+from benchmarks.found import REPEATS, Found, number, read
 from benchmarks.repeat import compared
 from serve_app.config.reference import between
 
@@ -24,11 +25,13 @@ HEADLINES = {"engine_": ": tokens/s against transformers serve CB"}
 SIGNS = {"at_least": "≥", "at_most": "≤"}
 
 
-def tables(results: Sequence[Found], again: Sequence[Found] = ()) -> str:
-    """The generated part of the page. ``again``: a second run of some of the scenarios."""
+def tables(results: Sequence[Found], repeats: Mapping[str, Sequence[Found]] = MappingProxyType({})) -> str:
+    """The generated part of the page. ``repeats``: later runs of some of the scenarios, by what each is called."""
     good = [result for result in results if result["publishable"]]
     others = [result for result in results if not result["publishable"]]
-    parts = [*_counts(good), *_again(good, again)]
+    parts = [*_counts(good)]
+    for name, later in repeats.items():
+        parts += _repeated(good, name, later)
     for result in good:
         parts += _section(result)
     if others:
@@ -51,11 +54,11 @@ def _counts(results: Sequence[Found]) -> Iterator[str]:
         yield ""
 
 
-def _again(results: Sequence[Found], again: Sequence[Found]) -> Iterator[str]:
-    told = compared(results, again)
+def _repeated(results: Sequence[Found], name: str, later: Sequence[Found]) -> Iterator[str]:
+    told = compared(results, later)
     if told:
         scenarios = ", ".join(sorted({pair.scenario for pair in told.pairs}))
-        yield f"A second run ({scenarios}): {told}."
+        yield f"{name} ({scenarios}): {told}."
         yield ""
 
 
@@ -80,11 +83,11 @@ def _table(rows: Iterable[Found]) -> Iterator[str]:
         middle = f"{number(value['median'])} [{number(value['low'])}, {number(value['high'])}]"
         unit = "" if row["unit"] == "ratio" else f" {row['unit']}"
         mark = f"**{row['verdict']}**" if row["verdict"] == "missed" else row["verdict"]
-        told = (row["what"], _sides(row), f"{middle}{unit}", _again_within(value), _bound(row["target"]), mark)
+        told = (row["what"], _sides(row), f"{middle}{unit}", _another_run(value), _bound(row["target"]), mark)
         yield f"| {' | '.join(told)} |"
 
 
-def _again_within(value: Mapping[str, Any]) -> str:
+def _another_run(value: Mapping[str, Any]) -> str:
     """Between what another run's median is expected; one round alone tells nothing of it."""
     if value["rounds"] < 2 or "again" not in value:
         return ""
@@ -151,7 +154,9 @@ def pages(results: Sequence[Found]) -> Mapping[Path, str]:
     """Each page with a generated part, as it should be."""
     texts = {path: path.read_text(encoding="utf-8") for path in (PAGE, README)}
     return {
-        PAGE: between(texts[PAGE], "results", tables(results, read(AGAIN))),
+        PAGE: between(
+            texts[PAGE], "results", tables(results, {name: read(folder) for name, folder in REPEATS.items()})
+        ),
         README: between(texts[README], "benchmarks", headline(results)),
     }
 

@@ -156,7 +156,7 @@ def test_the_report_shows_what_was_written_and_keeps_apart_what_is_not_for_publi
     assert "**Not for publication:** others took 60% of the processors." in text
     assert "A second run" not in text
     assert "empty loop" not in text
-    again = report.tables(read(tmp_path), read(tmp_path))
+    again = report.tables(read(tmp_path), {"A second run": read(tmp_path)})
     assert "A second run (demo): of 2 rows 2 (100%) have their second median where the first run expected it" in again
 
 
