@@ -2,37 +2,89 @@
 
 ``python -m benchmarks.repeat SECOND [FIRST]``: folders of results (FIRST is ``benchmarks/results``). For each row that
 both have: does the second run's median lie where the first one expected it, and within the 95 % interval of the first
-one's own median? Of two runs each has its error, so the latter holds in some five of six rows at best. Neither
-knows how fast the machine was: its speed before each run (benchmarks.machine.speed) is told where both runs have it.
+one's own median? Of two runs each has its error, so the latter holds in some five of six rows at best.
+
+Rounds that follow each other know nothing of what differs from one hour to another, so what is expected of another
+run is wider by a factor for each scenario (:func:`factors`), out of the runs that are kept beside the published one,
+without the one that is judged. How fast the machine was before each run (benchmarks.machine.speed) is told where both
+runs have it.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from benchmarks.found import Found, number, read
+from benchmarks.found import REPEATS, Found, number, read
 from benchmarks.protocol import RESULTS
+from benchmarks.stats import scale_factor, student
+
+
+def factors(runs: Sequence[Sequence[Found]]) -> dict[str, float]:
+    """By scenario: how many times further apart its runs' medians lie than the rounds of each run tell.
+
+    Only of scenarios that several of the runs have, and only of full runs; never below one.
+    """
+    rows: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for result in (result for run in runs for result in run if not result["quick"]):
+        for row in result["rows"]:
+            rows.setdefault(result["scenario"], {}).setdefault(row["what"], []).append(row["value"])
+    return {
+        scenario: scale_factor([_errors(values) for values in known.values()])
+        for scenario, known in rows.items()
+        if any(len(values) > 1 for values in known.values())
+    }
+
+
+def _errors(values: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """One row's median and standard error in each run that has an expectation; of logarithms where all are positive."""
+    values = [value for value in values if "again" in value and value["rounds"] > 1]
+    positive = all(value["again"][0] > 0 for value in values)
+    found = []
+    for value in values:
+        median, low, high = (math.log(it) if positive else it for it in (value["median"], *value["again"]))
+        found.append((median, (high - low) / 2 / (student(value["rounds"] - 1) * math.sqrt(2))))
+    return found
+
+
+def expectation(value: Mapping[str, Any], factor: float = 1.0) -> tuple[float, float] | None:
+    """Between what another run's median lies, with 95 %; None where one round alone tells nothing of it.
+
+    Args:
+        value: of a row, as :meth:`benchmarks.stats.Interval.to_json` has it.
+        factor: of :func:`factors`.
+    """
+    if "again" not in value or value["rounds"] < 2:
+        return None
+    if factor == 1:  # as it was written, to the last digit
+        return value["again"][0], value["again"][1]
+    positive = value["again"][0] > 0
+    median, low, high = (math.log(it) if positive else it for it in (value["median"], *value["again"]))
+    low, high = median - factor * (median - low), median + factor * (high - median)
+    return (math.exp(low), math.exp(high)) if positive else (low, high)
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One row of both runs."""
+    """One row of both runs. ``factor``: the scenario's, of :func:`factors`."""
 
     scenario: str
     first: dict[str, Any]
     second: dict[str, Any]
     speed: float | None = None
     """The machine's in the second run over that in the first, where both know it."""
+    factor: float = 1.0
 
     @property
     def expected(self) -> bool:
         value = self.first["value"]
-        low, high = value.get("again", (value["low"], value["high"]))
+        low, high = expectation(value, self.factor) or (value["low"], value["high"])
         return bool(low <= self.second["value"]["median"] <= high)
 
     @property
@@ -69,12 +121,14 @@ class Compared:
         )
 
 
-def compared(first: Sequence[Found], second: Sequence[Found]) -> Compared:
-    """Two runs beside each other."""
-    return Compared(list(_pairs(first, second)))
+def compared(
+    first: Sequence[Found], second: Sequence[Found], factors: Mapping[str, float] = MappingProxyType({})
+) -> Compared:
+    """Two runs beside each other. ``factors``: of :func:`factors`, by scenario."""
+    return Compared(list(_pairs(first, second, factors)))
 
 
-def _pairs(first: Sequence[Found], second: Sequence[Found]) -> Iterator[Pair]:
+def _pairs(first: Sequence[Found], second: Sequence[Found], factors: Mapping[str, float]) -> Iterator[Pair]:
     """The rows that both runs have, by scenario and name; figures of quick and of full runs are not compared."""
     known = {
         (result["scenario"], result["quick"], row["what"]): (row, result) for result in first for row in result["rows"]
@@ -84,7 +138,8 @@ def _pairs(first: Sequence[Found], second: Sequence[Found]) -> Iterator[Pair]:
             key = (result["scenario"], result["quick"], row["what"])
             if key in known:
                 before, first_result = known[key]
-                yield Pair(result["scenario"], before, row, _speed(first_result, result))
+                factor = 1.0 if result["quick"] else factors.get(result["scenario"], 1.0)
+                yield Pair(result["scenario"], before, row, _speed(first_result, result), factor)
 
 
 def _speed(first: Found, second: Found) -> float | None:
@@ -97,7 +152,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("second", type=Path)
     parser.add_argument("first", type=Path, nargs="?", default=RESULTS)
     given = parser.parse_args(words)
-    found = compared(read(given.first), read(given.second))
+    kept = [RESULTS, *REPEATS.values()]
+    others = [read(folder) for folder in kept if folder.resolve() != given.second.resolve()]
+    found = compared(read(given.first), read(given.second), factors(others))
     if not found:
         print("no row is in both", file=sys.stderr)  # noqa: T201
         return 2

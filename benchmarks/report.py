@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from benchmarks.found import REPEATS, Found, number, read
-from benchmarks.repeat import compared
+from benchmarks.repeat import compared, expectation, factors
 from serve_app.config.reference import between
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,11 +29,15 @@ def tables(results: Sequence[Found], repeats: Mapping[str, Sequence[Found]] = Ma
     """The generated part of the page. ``repeats``: later runs of some of the scenarios, by what each is called."""
     good = [result for result in results if result["publishable"]]
     others = [result for result in results if not result["publishable"]]
+    wider = factors([good, *repeats.values()])
     parts = [*_counts(good)]
     for name, later in repeats.items():
-        parts += _repeated(good, name, later)
+        # The run that is judged has no say in what is expected of it.
+        told_by = [good, *(run for other, run in repeats.items() if other != name)]
+        parts += _repeated(good, name, later, factors(told_by))
+    parts += _factors(wider)
     for result in good:
-        parts += _section(result)
+        parts += _section(result, wider.get(result["scenario"], 1.0))
     if others:
         parts += [
             "### Measured, but not to be relied on",
@@ -42,7 +46,7 @@ def tables(results: Sequence[Found], repeats: Mapping[str, Sequence[Found]] = Ma
             "",
         ]
         for result in others:
-            parts += _section(result, "####")
+            parts += _section(result, level="####")
     return "\n".join(parts)
 
 
@@ -54,20 +58,27 @@ def _counts(results: Sequence[Found]) -> Iterator[str]:
         yield ""
 
 
-def _repeated(results: Sequence[Found], name: str, later: Sequence[Found]) -> Iterator[str]:
-    told = compared(results, later)
+def _repeated(results: Sequence[Found], name: str, later: Sequence[Found], wider: Mapping[str, float]) -> Iterator[str]:
+    told = compared(results, later, wider)
     if told:
         scenarios = ", ".join(sorted({pair.scenario for pair in told.pairs}))
         yield f"{name} ({scenarios}): {told}."
         yield ""
 
 
-def _section(result: Found, level: str = "###") -> Iterator[str]:
+def _factors(wider: Mapping[str, float]) -> Iterator[str]:
+    if wider:
+        told = ", ".join(f"{scenario} {factor:.2f}" for scenario, factor in sorted(wider.items()))
+        yield f"*Another run* is wider than a run's own rounds tell by a factor, out of all these runs: {told}."
+        yield ""
+
+
+def _section(result: Found, factor: float = 1.0, level: str = "###") -> Iterator[str]:
     yield f"{level} {result['title']}"
     yield ""
     yield f"`{result['command']}`"
     yield ""
-    yield from _table(result["rows"])
+    yield from _table(result["rows"], factor)
     yield ""
     yield _conditions(result)
     for problem in result["problems"]:
@@ -75,7 +86,7 @@ def _section(result: Found, level: str = "###") -> Iterator[str]:
     yield ""
 
 
-def _table(rows: Iterable[Found]) -> Iterator[str]:
+def _table(rows: Iterable[Found], factor: float) -> Iterator[str]:
     yield "| | measured | median [95 % interval] | another run | target | |"
     yield "|---|---|---|---|---|---|"
     for row in rows:
@@ -83,15 +94,13 @@ def _table(rows: Iterable[Found]) -> Iterator[str]:
         middle = f"{number(value['median'])} [{number(value['low'])}, {number(value['high'])}]"
         unit = "" if row["unit"] == "ratio" else f" {row['unit']}"
         mark = f"**{row['verdict']}**" if row["verdict"] == "missed" else row["verdict"]
-        told = (row["what"], _sides(row), f"{middle}{unit}", _another_run(value), _bound(row["target"]), mark)
+        told = (row["what"], _sides(row), f"{middle}{unit}", _another_run(value, factor), _bound(row["target"]), mark)
         yield f"| {' | '.join(told)} |"
 
 
-def _another_run(value: Mapping[str, Any]) -> str:
+def _another_run(value: Mapping[str, Any], factor: float) -> str:
     """Between what another run's median is expected; one round alone tells nothing of it."""
-    if value["rounds"] < 2 or "again" not in value:
-        return ""
-    return " to ".join(number(bound) for bound in value["again"])
+    return " to ".join(number(bound) for bound in expectation(value, factor) or ())
 
 
 def _sides(row: Found) -> str:

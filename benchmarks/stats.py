@@ -18,6 +18,11 @@ MEDIAN_OVER_MEAN = math.sqrt(math.pi / 2)
 """The standard error of the median of normal values, in that of their mean (a little less for few)."""
 
 
+def student(freedom: int) -> float:
+    """The 97.5 % point of Student's t."""
+    return STUDENT[min(freedom, len(STUDENT)) - 1]
+
+
 def percentile(values: Sequence[float], percent: float) -> float:
     """Linear interpolation between the two nearest values (numpy's default); NaN for no values."""
     if not values:
@@ -97,8 +102,7 @@ def another(values: Sequence[float]) -> tuple[float, float]:
         return values[0], values[0]
     positive = min(values) > 0
     scaled = [math.log(value) for value in values] if positive else list(values)
-    student = STUDENT[min(len(values) - 1, len(STUDENT)) - 1]
-    half = student * stdev(scaled) * math.sqrt(2 / len(values)) * MEDIAN_OVER_MEAN
+    half = student(len(values) - 1) * stdev(scaled) * math.sqrt(2 / len(values)) * MEDIAN_OVER_MEAN
     bounds = median(scaled) - half, median(scaled) + half
     return (math.exp(bounds[0]), math.exp(bounds[1])) if positive else bounds
 
@@ -110,6 +114,28 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) 
         ValueError: not as many rounds of one as of the other, or none.
     """
     return bootstrap([mine / other for mine, other in zip(ours, theirs, strict=True)], seed)
+
+
+def scale_factor(rows: Sequence[Sequence[tuple[float, float]]]) -> float:
+    """How many times further apart several runs' medians lie than their standard errors tell; never below one.
+
+    The root of chi-square per degree of freedom (R. T. Birge, "The Calculation of Errors by the Method of Least
+    Squares", Phys. Rev. 40, 1932, 207), of all rows together: each has its own true value, all have one factor.
+
+    Args:
+        rows: for each row the (median, standard error) of each run. A row whose rounds are all alike in a run tells
+            nothing; one for no rows.
+    """
+    told = []
+    for runs in rows:
+        if len(runs) < 2 or not all(error > 0 for _, error in runs):
+            continue
+        weights = [1 / error**2 for _, error in runs]
+        middle = sum(weight * value for weight, (value, _) in zip(weights, runs, strict=True)) / sum(weights)
+        squares = sum(weight * (value - middle) ** 2 for weight, (value, _) in zip(weights, runs, strict=True))
+        told.append((squares, len(runs) - 1))
+    freedom = sum(degrees for _, degrees in told)
+    return max(1.0, math.sqrt(sum(squares for squares, _ in told) / freedom)) if freedom else 1.0
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:

@@ -158,6 +158,20 @@ def test_the_report_shows_what_was_written_and_keeps_apart_what_is_not_for_publi
     assert "empty loop" not in text
     again = report.tables(read(tmp_path), {"A second run": read(tmp_path)})
     assert "A second run (demo): of 2 rows 2 (100%) have their second median where the first run expected it" in again
+    assert "by a factor, out of all these runs: demo 1.00." in again
+
+
+def test_what_differs_between_runs_widens_the_column_for_another_run(tmp_path: Path) -> None:
+    for folder, median in (("first", 2.0), ("second", 3.0)):
+        made = result(tmp_path / folder)
+        value = Interval(median, median * 0.95, median * 1.05, 5, again=(median * 0.9, median / 0.9))
+        made.add(Measured({}, [0.0]), Row("repeated", value, "ratio"))
+        made.write()
+    first, second = read(tmp_path / "first"), read(tmp_path / "second")
+    assert "| 1.8 to 2.22 |" in report.tables(first)
+    told = report.tables(first, {"A second run": second})
+    assert "of 1 rows 0 (0%) have their second median where the first run expected it" in told
+    assert "| 1.8 to 2.22 |" not in told and "by a factor, out of all these runs: demo " in told
 
 
 def test_the_machines_speed_stands_beside_a_result(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.repeat import main
+from benchmarks.found import REPEATS, Found, read
+from benchmarks.repeat import compared, expectation, factors, main
 
 Values = dict[str, tuple[float, float, float]]
 
@@ -17,7 +18,7 @@ def write(
     folder: Path, values: Values, quick: bool = False, again: tuple[float, float] | None = None, speed: float = 0
 ) -> Path:
     rows: list[dict[str, Any]] = [
-        {"what": what, "value": dict(zip(("low", "median", "high"), found, strict=True))}
+        {"what": what, "value": {"rounds": 3, **dict(zip(("low", "median", "high"), found, strict=True))}}
         for what, found in values.items()
     ]
     for row in rows:
@@ -57,3 +58,44 @@ def test_a_machine_that_was_not_as_fast_is_told(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().out.endswith("; the machine ran at 0.75 to 0.75 of the first run's speed\n")
     assert main([str(write(tmp_path / "c", {"x": (1, 2, 3)})), str(first)]) == 0
     assert "speed" not in capsys.readouterr().out
+
+
+def several(medians: tuple[float, ...], quick: bool = False) -> list[list[Found]]:
+    """Runs whose rounds all tell of a tenth, whatever their medians."""
+    found = []
+    for median in medians:
+        value = {"median": median, "low": median, "high": median, "rounds": 7, "again": [median / 1.1, median * 1.1]}
+        found.append([{"scenario": "one", "quick": quick, "rows": [{"what": "x", "value": value}]}])
+    return found
+
+
+def test_runs_that_lie_further_apart_than_their_rounds_tell_widen_what_is_expected() -> None:
+    calm, apart = factors(several((10, 10.1, 9.9))), factors(several((10, 13, 8)))
+    assert calm == {"one": 1} and apart["one"] > 3
+    first, later = several((10, 13))
+    assert not compared(first, later).pairs[0].expected
+    assert compared(first, later, apart).pairs[0].expected
+    low, high = expectation(first[0]["rows"][0]["value"], 2) or (0, 0)
+    assert (low, high) == pytest.approx((10 / 1.1**2, 10 * 1.1**2))
+
+
+def test_differences_that_may_be_negative_are_widened_as_they_are() -> None:
+    value = {"median": 1.0, "low": 0.5, "high": 1.5, "rounds": 7, "again": [-1.0, 2.0]}
+    assert expectation(value, 2) == (-3, 3)
+    assert expectation(value) == (-1, 2)
+
+
+def test_one_run_or_a_quick_one_or_one_round_says_nothing_of_others() -> None:
+    assert factors(several((10,))) == {}
+    assert factors(several((10, 20), quick=True)) == {}
+    assert expectation({"median": 1.0, "rounds": 1, "again": [1.0, 1.0]}, 2) is None
+    assert expectation({"median": 1.0, "rounds": 7}, 2) is None
+    quick = several((10, 13), quick=True)
+    assert not compared(*quick, {"one": 9.0}).pairs[0].expected
+
+
+def test_the_kept_runs_widen_what_is_expected_of_one_that_is_judged(capsys: pytest.CaptureFixture[str]) -> None:
+    second = REPEATS["A second run"]
+    assert main([str(second)]) == 0
+    others = factors([read(), *(read(folder) for folder in REPEATS.values() if folder != second)])
+    assert str(compared(read(), read(second), others)) in capsys.readouterr().out

@@ -7,7 +7,7 @@ from statistics import median
 import numpy
 import pytest
 
-from benchmarks.stats import another, bootstrap, paired_ratio, percentile, slope, summary
+from benchmarks.stats import another, bootstrap, paired_ratio, percentile, scale_factor, slope, summary
 
 
 @pytest.mark.parametrize("percent", [0, 10, 50, 90, 99, 100])
@@ -62,6 +62,23 @@ def test_what_is_expected_of_another_run_holds_the_interval_of_this_one() -> Non
         assert found.again is not None
         assert found.again[0] <= found.low <= found.median <= found.high <= found.again[1]
         assert found.to_json()["again"] == list(found.again)
+
+
+@pytest.mark.parametrize("hours", [0.0, 3.0])
+def test_the_scale_factor_finds_what_differs_between_runs(hours: float) -> None:
+    rng, rows = random.Random(7), []
+    for row in range(400):
+        runs = [(row + rng.gauss(0, math.hypot(0.1, 0.1 * hours)), 0.1) for _ in range(3)]
+        rows.append(runs)
+    assert scale_factor(rows) == pytest.approx(max(1.0, math.hypot(1, hours)), rel=0.1)
+
+
+def test_the_scale_factor_never_narrows_and_needs_rows_that_say_something() -> None:
+    assert scale_factor([[(1.0, 0.5), (1.0, 0.5)]]) == 1
+    assert scale_factor([]) == 1
+    alike, alone, apart = [(1.0, 0.0), (9.0, 1.0)], [(5.0, 0.1)], [(1.0, 1.0), (5.0, 1.0)]
+    assert scale_factor([alike, alone]) == 1
+    assert scale_factor([alike, alone, apart]) == pytest.approx(math.sqrt(8))
 
 
 def test_a_ratio_is_of_pairs_and_not_of_medians() -> None:
