@@ -37,7 +37,7 @@ def tables(results: Sequence[Found], repeats: Mapping[str, Sequence[Found]] = Ma
         parts += _repeated(good, name, later, factors(told_by))
     parts += _factors(wider)
     for result in good:
-        parts += _section(result, wider.get(result["scenario"], 1.0))
+        parts += _section(result, wider.get(result["scenario"], 1.0), _medians(result, repeats.values()))
     if others:
         parts += [
             "### Measured, but not to be relied on",
@@ -73,12 +73,28 @@ def _factors(wider: Mapping[str, float]) -> Iterator[str]:
         yield ""
 
 
-def _section(result: Found, factor: float = 1.0, level: str = "###") -> Iterator[str]:
+def _medians(result: Found, later: Iterable[Sequence[Found]]) -> dict[str, list[float | None]]:
+    """What later full runs of the same scenario found, by row; None where one has the scenario without the row."""
+    same = [
+        {row["what"]: float(row["value"]["median"]) for row in again["rows"]}
+        for run in later
+        for again in run
+        if (again["scenario"], again["quick"]) == (result["scenario"], result["quick"])
+    ]
+    return {row["what"]: [found.get(row["what"]) for found in same] for row in result["rows"]}
+
+
+def _section(
+    result: Found,
+    factor: float = 1.0,
+    later: Mapping[str, Sequence[float | None]] = MappingProxyType({}),
+    level: str = "###",
+) -> Iterator[str]:
     yield f"{level} {result['title']}"
     yield ""
     yield f"`{result['command']}`"
     yield ""
-    yield from _table(result["rows"], factor)
+    yield from _table(result["rows"], factor, later)
     yield ""
     yield _conditions(result)
     for problem in result["problems"]:
@@ -86,7 +102,7 @@ def _section(result: Found, factor: float = 1.0, level: str = "###") -> Iterator
     yield ""
 
 
-def _table(rows: Iterable[Found], factor: float) -> Iterator[str]:
+def _table(rows: Iterable[Found], factor: float, later: Mapping[str, Sequence[float | None]]) -> Iterator[str]:
     yield "| | measured | median [95 % interval] | another run | target | |"
     yield "|---|---|---|---|---|---|"
     for row in rows:
@@ -94,13 +110,23 @@ def _table(rows: Iterable[Found], factor: float) -> Iterator[str]:
         middle = f"{number(value['median'])} [{number(value['low'])}, {number(value['high'])}]"
         unit = "" if row["unit"] == "ratio" else f" {row['unit']}"
         mark = f"**{row['verdict']}**" if row["verdict"] == "missed" else row["verdict"]
-        told = (row["what"], _sides(row), f"{middle}{unit}", _another_run(value, factor), _bound(row["target"]), mark)
+        told = (
+            row["what"],
+            _sides(row),
+            f"{middle}{unit}",
+            _another_run(value, factor, later.get(row["what"], ())),
+            _bound(row["target"]),
+            mark,
+        )
         yield f"| {' | '.join(told)} |"
 
 
-def _another_run(value: Mapping[str, Any], factor: float) -> str:
-    """Between what another run's median is expected; one round alone tells nothing of it."""
-    return " to ".join(number(bound) for bound in expectation(value, factor) or ())
+def _another_run(value: Mapping[str, Any], factor: float, later: Sequence[float | None]) -> str:
+    """Between what another run's median is expected (one round alone tells nothing of it), and what others found."""
+    expected = " to ".join(number(bound) for bound in expectation(value, factor) or ())
+    told = ", ".join("–" if median is None else number(median) for median in later)
+    found = f"({told})" if any(median is not None for median in later) else ""
+    return " ".join(filter(None, (expected, found)))
 
 
 def _sides(row: Found) -> str:

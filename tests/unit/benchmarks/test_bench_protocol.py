@@ -165,13 +165,15 @@ def test_what_differs_between_runs_widens_the_column_for_another_run(tmp_path: P
     for folder, median in (("first", 2.0), ("second", 3.0)):
         made = result(tmp_path / folder)
         value = Interval(median, median * 0.95, median * 1.05, 5, again=(median * 0.9, median / 0.9))
-        made.add(Measured({}, [0.0]), Row("repeated", value, "ratio"))
+        made.add(Measured({}, [0.0]), Row("repeated", value, "ratio"), Row(f"only in the {folder}", value, "ratio"))
         made.write()
     first, second = read(tmp_path / "first"), read(tmp_path / "second")
     assert "| 1.8 to 2.22 |" in report.tables(first)
+    thrice = report.tables(first, {"A second run": second, "A third run": first, "A fourth run": []})
+    assert " (3, 2) |" in thrice and " (–, 2) |" in thrice
     told = report.tables(first, {"A second run": second})
     assert "of 1 rows 0 (0%) have their second median where the first run expected it" in told
-    assert "| 1.8 to 2.22 |" not in told and "by a factor, out of all these runs: demo " in told
+    assert "| 1.8 to 2.22 |" not in told and " (3) |" in told and "by a factor, out of all these runs: demo " in told
 
 
 def test_the_machines_speed_stands_beside_a_result(tmp_path: Path) -> None:
