@@ -122,13 +122,13 @@ class Compared:
 
 
 def compared(
-    first: Sequence[Found], second: Sequence[Found], factors: Mapping[str, float] = MappingProxyType({})
+    first: Sequence[Found], second: Sequence[Found], wider: Mapping[str, float] = MappingProxyType({})
 ) -> Compared:
-    """Two runs beside each other. ``factors``: of :func:`factors`, by scenario."""
-    return Compared(list(_pairs(first, second, factors)))
+    """Two runs beside each other. ``wider``: by scenario, of :func:`factors`."""
+    return Compared(list(_pairs(first, second, wider)))
 
 
-def _pairs(first: Sequence[Found], second: Sequence[Found], factors: Mapping[str, float]) -> Iterator[Pair]:
+def _pairs(first: Sequence[Found], second: Sequence[Found], wider: Mapping[str, float]) -> Iterator[Pair]:
     """The rows that both runs have, by scenario and name; figures of quick and of full runs are not compared."""
     known = {
         (result["scenario"], result["quick"], row["what"]): (row, result) for result in first for row in result["rows"]
@@ -138,7 +138,7 @@ def _pairs(first: Sequence[Found], second: Sequence[Found], factors: Mapping[str
             key = (result["scenario"], result["quick"], row["what"])
             if key in known:
                 before, first_result = known[key]
-                factor = 1.0 if result["quick"] else factors.get(result["scenario"], 1.0)
+                factor = 1.0 if result["quick"] else wider.get(result["scenario"], 1.0)
                 yield Pair(result["scenario"], before, row, _speed(first_result, result), factor)
 
 
