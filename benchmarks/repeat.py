@@ -48,9 +48,15 @@ def _errors(values: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
     positive = all(value["again"][0] > 0 for value in values)
     found = []
     for value in values:
-        median, low, high = (math.log(it) if positive else it for it in (value["median"], *value["again"]))
+        median, low, high = _scaled(value, positive)
         found.append((median, (high - low) / 2 / (student(value["rounds"] - 1) * math.sqrt(2))))
     return found
+
+
+def _scaled(value: Mapping[str, Any], positive: bool) -> tuple[float, float, float]:
+    """The median and the bounds for another run's; logarithms of positive ones."""
+    median, low, high = (float(it) for it in (value["median"], *value["again"]))
+    return (math.log(median), math.log(low), math.log(high)) if positive else (median, low, high)
 
 
 def expectation(value: Mapping[str, Any], factor: float = 1.0) -> tuple[float, float] | None:
@@ -65,7 +71,7 @@ def expectation(value: Mapping[str, Any], factor: float = 1.0) -> tuple[float, f
     if factor == 1:  # as it was written, to the last digit
         return value["again"][0], value["again"][1]
     positive = value["again"][0] > 0
-    median, low, high = (math.log(it) if positive else it for it in (value["median"], *value["again"]))
+    median, low, high = _scaled(value, positive)
     low, high = median - factor * (median - low), median + factor * (high - median)
     return (math.exp(low), math.exp(high)) if positive else (low, high)
 

@@ -31,13 +31,15 @@ def tables(results: Sequence[Found], repeats: Mapping[str, Sequence[Found]] = Ma
     others = [result for result in results if not result["publishable"]]
     wider = factors([good, *repeats.values()])
     parts = [*_counts(good)]
-    for name, later in repeats.items():
+    for name, run in repeats.items():
         # The run that is judged has no say in what is expected of it.
-        told_by = [good, *(run for other, run in repeats.items() if other != name)]
-        parts += _repeated(good, name, later, factors(told_by))
+        told_by = [good, *(other for called, other in repeats.items() if called != name)]
+        parts += _repeated(good, name, run, factors(told_by))
     parts += _factors(wider)
+    later = {result["scenario"]: _medians(result, repeats.values()) for result in good}
+    parts += _contradicted(good, later)
     for result in good:
-        parts += _section(result, wider.get(result["scenario"], 1.0), _medians(result, repeats.values()))
+        parts += _section(result, wider.get(result["scenario"], 1.0), later[result["scenario"]])
     if others:
         parts += [
             "### Measured, but not to be relied on",
@@ -71,6 +73,25 @@ def _factors(wider: Mapping[str, float]) -> Iterator[str]:
         told = ", ".join(f"{scenario} {factor:.2f}" for scenario, factor in sorted(wider.items()))
         yield f"*Another run* is wider than a run's own rounds tell by a factor, out of all these runs: {told}."
         yield ""
+
+
+def _contradicted(results: Sequence[Found], later: Mapping[str, Mapping[str, Sequence[float | None]]]) -> Iterator[str]:
+    """The targets that were reached, and in a later run were not."""
+    told = [
+        f"{row['what']} ({', '.join(map(number, missed))})"
+        for result in results
+        for row in result["rows"]
+        if row["verdict"] == "reached"
+        if (missed := [it for it in later[result["scenario"]][row["what"]] if it is not None and _misses(row, it)])
+    ]
+    if told:
+        yield f"Reached in the published run, with a median on the other side in a later one: {'; '.join(told)}."
+        yield ""
+
+
+def _misses(row: Found, median: float) -> bool:
+    target = row["target"]
+    return bool(median < target["at_least"] if "at_least" in target else median > target["at_most"])
 
 
 def _medians(result: Found, later: Iterable[Sequence[Found]]) -> dict[str, list[float | None]]:

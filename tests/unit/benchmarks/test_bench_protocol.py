@@ -176,6 +176,17 @@ def test_what_differs_between_runs_widens_the_column_for_another_run(tmp_path: P
     assert "| 1.8 to 2.22 |" not in told and " (3) |" in told and "by a factor, out of all these runs: demo " in told
 
 
+def test_a_target_that_was_reached_and_later_was_not_is_named(tmp_path: Path) -> None:
+    for folder, (low, middle, high) in {"first": (1.1, 1.2, 1.3), "second": (0.8, 0.9, 1.1)}.items():
+        made = result(tmp_path / folder)
+        made.add(Measured({}, [0.0]), row(low, middle, high))
+        made.write()
+    first, second = read(tmp_path / "first"), read(tmp_path / "second")
+    said = "on the other side in a later one: ours over theirs (0.9)."
+    assert said in report.tables(first, {"A second run": second})
+    assert "on the other side" not in report.tables(first, {"A second run": first})
+
+
 def test_the_machines_speed_stands_beside_a_result(tmp_path: Path) -> None:
     quiet = machine.look(0.01)
     made = result(tmp_path, quiet)
