@@ -10,11 +10,11 @@ import argparse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from benchmarks.found import REPEATS, Found, number, read
-from benchmarks.repeat import compared, expectation, factors
+from benchmarks.found import KEPT, Found, number, read
+from benchmarks.pool import pooled
+from benchmarks.repeat import compared
 from serve_app.config.reference import between
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,21 +25,14 @@ HEADLINES = {"engine_": ": tokens/s against transformers serve CB"}
 SIGNS = {"at_least": "≥", "at_most": "≤"}
 
 
-def tables(results: Sequence[Found], repeats: Mapping[str, Sequence[Found]] = MappingProxyType({})) -> str:
-    """The generated part of the page. ``repeats``: later runs of some of the scenarios, by what each is called."""
+def tables(runs: Mapping[str, Sequence[Found]]) -> str:
+    """The generated part of the page, of one run or more, by what each is called."""
+    results = pooled(list(runs.values()))
     good = [result for result in results if result["publishable"]]
     others = [result for result in results if not result["publishable"]]
-    wider = factors([good, *repeats.values()])
-    parts = [*_counts(good)]
-    for name, run in repeats.items():
-        # The run that is judged has no say in what is expected of it.
-        told_by = [good, *(other for called, other in repeats.items() if called != name)]
-        parts += _repeated(good, name, run, factors(told_by))
-    parts += _factors(wider)
-    later = {result["scenario"]: _medians(result, repeats.values()) for result in good}
-    parts += _contradicted(good, later)
+    parts = [*_counts(good), *_judged(runs), *_factors(good)]
     for result in good:
-        parts += _section(result, wider.get(result["scenario"], 1.0), later[result["scenario"]])
+        parts += _section(result)
     if others:
         parts += [
             "### Measured, but not to be relied on",
@@ -60,62 +53,32 @@ def _counts(results: Sequence[Found]) -> Iterator[str]:
         yield ""
 
 
-def _repeated(results: Sequence[Found], name: str, later: Sequence[Found], wider: Mapping[str, float]) -> Iterator[str]:
-    told = compared(results, later, wider)
-    if told:
-        scenarios = ", ".join(sorted({pair.scenario for pair in told.pairs}))
-        yield f"{name} ({scenarios}): {told}."
+def _judged(runs: Mapping[str, Sequence[Found]]) -> Iterator[str]:
+    """Each run beside the others, in the scenarios that several of them have."""
+    good = {name: [result for result in run if result["publishable"]] for name, run in runs.items()}
+    told = {name: compared([good[other] for other in good if other != name], run) for name, run in good.items()}
+    scenarios = sorted({pair.scenario for found in told.values() for pair in found.pairs})
+    if scenarios:
+        yield f"Each run of {', '.join(scenarios)} beside the others:"
+        yield ""
+        yield from (f"* the {name}: {found};" for name, found in told.items() if found)
         yield ""
 
 
-def _factors(wider: Mapping[str, float]) -> Iterator[str]:
-    if wider:
-        told = ", ".join(f"{scenario} {factor:.2f}" for scenario, factor in sorted(wider.items()))
-        yield f"*Another run* is wider than a run's own rounds tell by a factor, out of all these runs: {told}."
+def _factors(results: Sequence[Found]) -> Iterator[str]:
+    several = {result["scenario"]: result["factor"] for result in results if "runs" in result}
+    if several:
+        told = ", ".join(f"{scenario} {factor:.2f}" for scenario, factor in sorted(several.items()))
+        yield f"How many times further apart the runs lie than their own rounds tell: {told}."
         yield ""
 
 
-def _contradicted(results: Sequence[Found], later: Mapping[str, Mapping[str, Sequence[float | None]]]) -> Iterator[str]:
-    """The targets that were reached, and in a later run were not."""
-    told = [
-        f"{row['what']} ({', '.join(map(number, missed))})"
-        for result in results
-        for row in result["rows"]
-        if row["verdict"] == "reached"
-        if (missed := [it for it in later[result["scenario"]][row["what"]] if it is not None and _misses(row, it)])
-    ]
-    if told:
-        yield f"Reached in the published run, with a median on the other side in a later one: {'; '.join(told)}."
-        yield ""
-
-
-def _misses(row: Found, median: float) -> bool:
-    target = row["target"]
-    return bool(median < target["at_least"] if "at_least" in target else median > target["at_most"])
-
-
-def _medians(result: Found, later: Iterable[Sequence[Found]]) -> dict[str, list[float | None]]:
-    """What later full runs of the same scenario found, by row; None where one has the scenario without the row."""
-    same = [
-        {row["what"]: float(row["value"]["median"]) for row in again["rows"]}
-        for run in later
-        for again in run
-        if (again["scenario"], again["quick"]) == (result["scenario"], result["quick"])
-    ]
-    return {row["what"]: [found.get(row["what"]) for found in same] for row in result["rows"]}
-
-
-def _section(
-    result: Found,
-    factor: float = 1.0,
-    later: Mapping[str, Sequence[float | None]] = MappingProxyType({}),
-    level: str = "###",
-) -> Iterator[str]:
+def _section(result: Found, level: str = "###") -> Iterator[str]:
     yield f"{level} {result['title']}"
     yield ""
     yield f"`{result['command']}`"
     yield ""
-    yield from _table(result["rows"], factor, later)
+    yield from _table(result["rows"])
     yield ""
     yield _conditions(result)
     for problem in result["problems"]:
@@ -123,31 +86,25 @@ def _section(
     yield ""
 
 
-def _table(rows: Iterable[Found], factor: float, later: Mapping[str, Sequence[float | None]]) -> Iterator[str]:
-    yield "| | measured | median [95 % interval] | another run | target | |"
+def _table(rows: Iterable[Found]) -> Iterator[str]:
+    yield "| | measured | figure [95 % interval] | another run (those known) | target | |"
     yield "|---|---|---|---|---|---|"
     for row in rows:
         value = row["value"]
         middle = f"{number(value['median'])} [{number(value['low'])}, {number(value['high'])}]"
         unit = "" if row["unit"] == "ratio" else f" {row['unit']}"
         mark = f"**{row['verdict']}**" if row["verdict"] == "missed" else row["verdict"]
-        told = (
-            row["what"],
-            _sides(row),
-            f"{middle}{unit}",
-            _another_run(value, factor, later.get(row["what"], ())),
-            _bound(row["target"]),
-            mark,
-        )
+        told = (row["what"], _sides(row), f"{middle}{unit}", _another_run(row), _bound(row["target"]), mark)
         yield f"| {' | '.join(told)} |"
 
 
-def _another_run(value: Mapping[str, Any], factor: float, later: Sequence[float | None]) -> str:
-    """Between what another run's median is expected (one round alone tells nothing of it), and what others found."""
-    expected = " to ".join(number(bound) for bound in expectation(value, factor) or ())
-    told = ", ".join("–" if median is None else number(median) for median in later)
-    found = f"({told})" if any(median is not None for median in later) else ""
-    return " ".join(filter(None, (expected, found)))
+def _another_run(row: Found) -> str:
+    """Between what another run's median is expected (one round alone tells nothing of it), and those of the runs."""
+    value = row["value"]
+    known = "again" in value and value["rounds"] > 1
+    expected = " to ".join(number(bound) for bound in value["again"]) if known else ""
+    told = ", ".join("–" if median is None else number(median) for median in row.get("medians", ()))
+    return " ".join(filter(None, (expected, told and f"({told})")))
 
 
 def _sides(row: Found) -> str:
@@ -160,19 +117,26 @@ def _bound(target: Mapping[str, float]) -> str:
 
 
 def _conditions(result: Found) -> str:
-    machine = result["machine"]
-    rounds = sorted({row["value"]["rounds"] for row in result["rows"]})
+    machine, runs = result["machine"], result.get("runs", [result])
+    rounds = sorted({row["value"]["rounds"] for run in runs for row in run["rows"]})
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     settings = ", ".join(f"{name} {_told(value)}" for name, value in result["settings"].items())
-    foreign, speed = result["foreign_share"], result["quiet"].get("speed")
+    shares = [share for run in runs if (share := run["foreign_share"]) is not None]
+    speeds = [speed for run in runs if (speed := run["quiet"].get("speed")) is not None]
     return (
-        f"{machine['date'][:10]}, {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB"
+        f"{' and '.join(sorted({run['machine']['date'][:10] for run in runs}))}, "
+        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB"
         + (f", {machine['gpu']}; " if "gpu" in machine else "; ")
+        + (f"{len(runs)} runs of " if len(runs) > 1 else "")
         + f"{' or '.join(map(str, rounds))} rounds"
-        + (f"; others took {foreign:.0%} of the processors" if foreign is not None else "")
-        + (f"; an empty loop of Python runs {speed:.3g} million times per second" if speed is not None else "")
+        + (f"; others took {_range(shares, '.0%')} of the processors" if shares else "")
+        + (f"; an empty loop of Python runs {_range(speeds, '.3g')} million times per second" if speeds else "")
         + f"; {versions}. Settings: {settings}."
     )
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    return " to ".join(dict.fromkeys(format(value, form) for value in (min(values), max(values))))
 
 
 def _told(value: Any) -> str:
@@ -206,14 +170,17 @@ def _headline(result: Found) -> Found | None:
     return rows[0] if rows else None
 
 
-def pages(results: Sequence[Found]) -> Mapping[Path, str]:
+def kept() -> dict[str, list[Found]]:
+    """Every run that is kept, by what it is called."""
+    return {name: read(folder) for name, folder in KEPT.items()}
+
+
+def pages(runs: Mapping[str, Sequence[Found]]) -> Mapping[Path, str]:
     """Each page with a generated part, as it should be."""
     texts = {path: path.read_text(encoding="utf-8") for path in (PAGE, README)}
     return {
-        PAGE: between(
-            texts[PAGE], "results", tables(results, {name: read(folder) for name, folder in REPEATS.items()})
-        ),
-        README: between(texts[README], "benchmarks", headline(results)),
+        PAGE: between(texts[PAGE], "results", tables(runs)),
+        README: between(texts[README], "benchmarks", headline(pooled(list(runs.values())))),
     }
 
 
@@ -221,14 +188,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--no-plots", action="store_true", help="tables only")
     given = parser.parse_args()
-    results = read()
-    for path, text in pages(results).items():
+    runs = kept()
+    for path, text in pages(runs).items():
         path.write_text(text, encoding="utf-8")
-        print(f"wrote {path.relative_to(ROOT)} from {len(results)} results")  # noqa: T201
+        print(f"wrote {path.relative_to(ROOT)} from {sum(map(len, runs.values()))} results")  # noqa: T201
     if not given.no_plots:
         from benchmarks import plots
 
-        for path in plots.draw(results, ROOT / "docs" / "plots"):
+        for path in plots.draw(pooled(list(runs.values())), ROOT / "docs" / "plots"):
             print(f"wrote {path.relative_to(ROOT)}")  # noqa: T201
 
 

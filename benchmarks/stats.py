@@ -116,26 +116,51 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) 
     return bootstrap([mine / other for mine, other in zip(ours, theirs, strict=True)], seed)
 
 
-def scale_factor(rows: Sequence[Sequence[tuple[float, float]]]) -> float:
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """One figure in several runs: of each the median, its standard error and the error's degrees of freedom.
+
+    The runs have one error, the root of the mean of its squares: of a few rounds that lie close together by chance a
+    weighted mean would make the truth.
+    """
+
+    medians: tuple[float, ...]
+    errors: tuple[float, ...]
+    freedoms: tuple[int, ...]
+
+    @property
+    def middle(self) -> float:
+        return fmean(self.medians)
+
+    @property
+    def error(self) -> float:
+        told = zip(self.errors, self.freedoms, strict=True)
+        return math.sqrt(sum(freedom * error**2 for error, freedom in told) / sum(self.freedoms))
+
+    @property
+    def squares(self) -> float:
+        """Of the medians' distances from the middle, in errors."""
+        return sum((median - self.middle) ** 2 for median in self.medians) / self.error**2
+
+    def bounds(self, factor: float, another: bool = False) -> tuple[float, float]:
+        """Between what the middle lies with 95 %, or the median of another run, where runs lie ``factor`` times
+        further apart than their errors tell."""
+        count = len(self.medians)
+        share = 1 / count + another
+        half = student(sum(self.freedoms)) * factor * self.error * math.sqrt(share)
+        return self.middle - half, self.middle + half
+
+
+def scale_factor(rows: Sequence[Runs]) -> float:
     """How many times further apart several runs' medians lie than their standard errors tell; never below one.
 
     The root of chi-square per degree of freedom (R. T. Birge, "The Calculation of Errors by the Method of Least
-    Squares", Phys. Rev. 40, 1932, 207), of all rows together: each has its own true value, all have one factor.
-
-    Args:
-        rows: for each row the (median, standard error) of each run. A row whose rounds are all alike in a run tells
-            nothing; one for no rows.
+    Squares", Phys. Rev. 40, 1932, 207), of all rows together: each has its own true value, all have one factor. A row
+    of one run, or whose rounds were all alike, tells nothing of it.
     """
-    told = []
-    for runs in rows:
-        if len(runs) < 2 or not all(error > 0 for _, error in runs):
-            continue
-        weights = [1 / error**2 for _, error in runs]
-        middle = sum(weight * value for weight, (value, _) in zip(weights, runs, strict=True)) / sum(weights)
-        squares = sum(weight * (value - middle) ** 2 for weight, (value, _) in zip(weights, runs, strict=True))
-        told.append((squares, len(runs) - 1))
-    freedom = sum(degrees for _, degrees in told)
-    return max(1.0, math.sqrt(sum(squares for squares, _ in told) / freedom)) if freedom else 1.0
+    told = [runs for runs in rows if len(runs.medians) > 1 and runs.error > 0]
+    freedom = sum(len(runs.medians) - 1 for runs in told)
+    return max(1.0, math.sqrt(sum(runs.squares for runs in told) / freedom)) if freedom else 1.0
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
-from benchmarks.found import read
 from serve_app.cli.reference import command_line, generated
 from serve_app.config import SETTINGS, GatewayArgs, ModelArgs, Platform, UpstreamArgs, load
 from serve_app.config.reference import json_schema
@@ -74,7 +73,7 @@ def test_every_command_is_documented() -> None:
 
 @pytest.mark.parametrize("path", [report.PAGE, report.README], ids=lambda path: path.name)
 def test_a_page_with_figures_says_what_the_results_say(path: Path) -> None:
-    assert path.read_text(encoding="utf-8") == report.pages(read())[path], "run `python -m benchmarks.report`"
+    assert path.read_text(encoding="utf-8") == report.pages(report.kept())[path], "run `python -m benchmarks.report`"
 
 
 def test_every_plot_of_the_documentation_exists() -> None:

@@ -148,43 +148,17 @@ def test_the_report_shows_what_was_written_and_keeps_apart_what_is_not_for_publi
     for made in (good, bad):
         path = made.write()
         assert json.loads(path.read_text())["rows"]
-    text = report.tables(read(tmp_path))
+    text = report.tables({"first": read(tmp_path)})
     assert text.index("A demonstration") < text.index("not to be relied on") < text.index("A busy machine")
     assert "| ours over theirs |  | 1.2 [1.1, 1.3] |  | ≥ 1 | reached |" in text
     assert "| repeated |  | 2 [1.9, 2.1] | 1.75 to 2.25 |  | reported |" in text
     assert "1,234 [1,234, 1,234] µs" in text
     assert "**Not for publication:** others took 60% of the processors." in text
-    assert "A second run" not in text
+    assert "Each run" not in text and "further apart" not in text
     assert "empty loop" not in text
-    again = report.tables(read(tmp_path), {"A second run": read(tmp_path)})
-    assert "A second run (demo): of 2 rows 2 (100%) have their second median where the first run expected it" in again
-    assert "by a factor, out of all these runs: demo 1.00." in again
-
-
-def test_what_differs_between_runs_widens_the_column_for_another_run(tmp_path: Path) -> None:
-    for folder, median in (("first", 2.0), ("second", 3.0)):
-        made = result(tmp_path / folder)
-        value = Interval(median, median * 0.95, median * 1.05, 5, again=(median * 0.9, median / 0.9))
-        made.add(Measured({}, [0.0]), Row("repeated", value, "ratio"), Row(f"only in the {folder}", value, "ratio"))
-        made.write()
-    first, second = read(tmp_path / "first"), read(tmp_path / "second")
-    assert "| 1.8 to 2.22 |" in report.tables(first)
-    thrice = report.tables(first, {"A second run": second, "A third run": first, "A fourth run": []})
-    assert " (3, 2) |" in thrice and " (–, 2) |" in thrice
-    told = report.tables(first, {"A second run": second})
-    assert "of 1 rows 0 (0%) have their second median where the first run expected it" in told
-    assert "| 1.8 to 2.22 |" not in told and " (3) |" in told and "by a factor, out of all these runs: demo " in told
-
-
-def test_a_target_that_was_reached_and_later_was_not_is_named(tmp_path: Path) -> None:
-    for folder, (low, middle, high) in {"first": (1.1, 1.2, 1.3), "second": (0.8, 0.9, 1.1)}.items():
-        made = result(tmp_path / folder)
-        made.add(Measured({}, [0.0]), row(low, middle, high))
-        made.write()
-    first, second = read(tmp_path / "first"), read(tmp_path / "second")
-    said = "on the other side in a later one: ours over theirs (0.9)."
-    assert said in report.tables(first, {"A second run": second})
-    assert "on the other side" not in report.tables(first, {"A second run": first})
+    twice = report.tables({"first": read(tmp_path), "second": read(tmp_path)})
+    assert "* the first: of 2 rows 2 (100%) have their median where the others expect it" in twice
+    assert "further apart the runs lie than their own rounds tell: demo 1.00." in twice
 
 
 def test_the_machines_speed_stands_beside_a_result(tmp_path: Path) -> None:
@@ -193,7 +167,9 @@ def test_the_machines_speed_stands_beside_a_result(tmp_path: Path) -> None:
     made.add(Measured({}, [0.0]), row(1.1, 1.2, 1.3))
     written = json.loads(made.write().read_text())["quiet"]["speed"]
     assert quiet.speed is not None and 0 < written == round(quiet.speed, 2)
-    assert f"an empty loop of Python runs {written:.3g} million times per second" in report.tables(read(tmp_path))
+    assert f"an empty loop of Python runs {written:.3g} million times per second" in report.tables(
+        {"first": read(tmp_path)}
+    )
 
 
 def test_files_of_another_kind_are_no_results(tmp_path: Path) -> None:

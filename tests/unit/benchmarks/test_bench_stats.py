@@ -7,7 +7,7 @@ from statistics import median
 import numpy
 import pytest
 
-from benchmarks.stats import another, bootstrap, paired_ratio, percentile, scale_factor, slope, summary
+from benchmarks.stats import Runs, another, bootstrap, paired_ratio, percentile, scale_factor, slope, summary
 
 
 @pytest.mark.parametrize("percent", [0, 10, 50, 90, 99, 100])
@@ -68,17 +68,25 @@ def test_what_is_expected_of_another_run_holds_the_interval_of_this_one() -> Non
 def test_the_scale_factor_finds_what_differs_between_runs(hours: float) -> None:
     rng, rows = random.Random(7), []
     for row in range(400):
-        runs = [(row + rng.gauss(0, math.hypot(0.1, 0.1 * hours)), 0.1) for _ in range(3)]
-        rows.append(runs)
+        medians = tuple(row + rng.gauss(0, math.hypot(0.1, 0.1 * hours)) for _ in range(3))
+        rows.append(Runs(medians, (0.1,) * 3, (4,) * 3))
     assert scale_factor(rows) == pytest.approx(max(1.0, math.hypot(1, hours)), rel=0.1)
 
 
 def test_the_scale_factor_never_narrows_and_needs_rows_that_say_something() -> None:
-    assert scale_factor([[(1.0, 0.5), (1.0, 0.5)]]) == 1
+    assert scale_factor([Runs((1.0, 1.0), (0.5, 0.5), (4, 4))]) == 1
     assert scale_factor([]) == 1
-    alike, alone, apart = [(1.0, 0.0), (9.0, 1.0)], [(5.0, 0.1)], [(1.0, 1.0), (5.0, 1.0)]
+    alike, alone = Runs((1.0, 2.0), (0.0, 0.0), (4, 4)), Runs((5.0,), (0.1,), (4,))
     assert scale_factor([alike, alone]) == 1
-    assert scale_factor([alike, alone, apart]) == pytest.approx(math.sqrt(8))
+    assert scale_factor([alike, alone, Runs((1.0, 5.0), (1.0, 1.0), (4, 4))]) == pytest.approx(math.sqrt(8))
+
+
+def test_runs_have_one_error_and_a_calm_one_does_not_outweigh_the_others() -> None:
+    runs = Runs((1.0, 2.0), (0.01, math.sqrt(2)), (2, 2))
+    assert runs.middle == 1.5 and runs.error == pytest.approx(1, rel=1e-3)
+    low, high = runs.bounds(2.0)
+    assert (low, high) == pytest.approx((1.5 - 2.776 * 2 / math.sqrt(2), 1.5 + 2.776 * 2 / math.sqrt(2)), rel=1e-3)
+    assert runs.bounds(2.0, another=True)[1] - 1.5 == pytest.approx((high - 1.5) * math.sqrt(3))
 
 
 def test_a_ratio_is_of_pairs_and_not_of_medians() -> None:
