@@ -5,6 +5,7 @@ import logging
 import os
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
@@ -41,6 +42,9 @@ logger = logging.getLogger(__name__)
 
 PREPARE_S = 2.0
 """Between two tries to open a store that is away."""
+SWITCH_S = 0.0005
+"""After how long the event loop lets another thread of this process run that wants to: the store's threads need it for
+a moment, many times in a transaction, and with the interpreter's 5 ms a busy ingress makes each moment as long."""
 WANTED_ENVIRONMENT = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 """Serve works without them, at a several times higher cost per token; they are read before Ray starts."""
 
@@ -61,6 +65,7 @@ class Ingress:
         self, args: GatewayArgs, router: DeploymentHandle[Any]
     ) -> None:
         set_up_logging()
+        sys.setswitchinterval(SWITCH_S)
         _warn_of_slow_modes()
         settings = load(platform=args.platform_path() or PLATFORM, args=args.settings).settings
         url = settings.database_url.get_secret_value()

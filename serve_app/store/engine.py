@@ -17,7 +17,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from serve_app.domain.errors import Internal, InvalidConfig, ProviderUnavailable
-from serve_app.store.sqlite import creator
+from serve_app.store.sqlite import Work, Writer, creator, set_up
 
 logger = logging.getLogger(__name__)
 
@@ -93,21 +93,10 @@ def make_engine(url: URL, *, foreign_keys: bool = True) -> AsyncEngine:
     engine = create_async_engine(
         url, hide_parameters=True, pool_size=SQLITE_CONNECTIONS, max_overflow=0, async_creator=creator(url)
     )
-    pragmas = (
-        f"busy_timeout={SQLITE_BUSY_MS}",
-        "journal_mode=WAL",
-        "synchronous=NORMAL",
-        f"foreign_keys={'ON' if foreign_keys else 'OFF'}",
-    )
 
     @event.listens_for(engine.sync_engine, "connect")
     def configure(connection: Any, record: Any) -> None:
-        # Without this the driver begins transactions by itself, deferred, and not at all before DDL.
-        connection.isolation_level = None
-        cursor = connection.cursor()
-        for pragma in pragmas:
-            cursor.execute(f"PRAGMA {pragma}")
-        cursor.close()
+        set_up(connection, _pragmas(foreign_keys))
 
     @event.listens_for(engine.sync_engine, "begin")
     def begin(connection: Connection) -> None:
@@ -118,6 +107,15 @@ def make_engine(url: URL, *, foreign_keys: bool = True) -> AsyncEngine:
         driver.begin_with = "BEGIN IMMEDIATE" if writes else "BEGIN"
 
     return engine
+
+
+def _pragmas(foreign_keys: bool = True) -> tuple[str, ...]:
+    return (
+        f"busy_timeout={SQLITE_BUSY_MS}",
+        "journal_mode=WAL",
+        "synchronous=NORMAL",
+        f"foreign_keys={'ON' if foreign_keys else 'OFF'}",
+    )
 
 
 def _postgres_engine(url: URL) -> AsyncEngine:
@@ -183,6 +181,7 @@ class Database:
         self._engine = make_engine(url)
         self._writer, self._reader = writer(self._engine), reader(self._engine)
         self._turn: AbstractAsyncContextManager[Any] = asyncio.Lock() if sqlite_file(url) else nullcontext()
+        self._at_once = Writer(url, _pragmas()) if sqlite_file(url) else None
         self._running: set[asyncio.Task[Any]] = set()
 
     def __repr__(self) -> str:
@@ -207,6 +206,25 @@ class Database:
             async with self._turn, self._writer.begin() as connection:
                 yield connection
 
+    async def write_at_once(self, work: Work[_T]) -> _T:
+        """What ``work`` returns, which is a transaction as in :meth:`write`; it may wait for its statements only.
+
+        For what every reply writes: on SQLite all that wait take their turn together, without the event loop.
+        """
+        if self._at_once is None:
+            async with self.write() as connection:
+                return await work(connection)
+        with translated():
+            await self._checked()
+            outcome, first = self._at_once.add(work)
+            if first:
+                self._spawn(self._drain(self._at_once))
+            return await outcome
+
+    async def _drain(self, writer: Writer) -> None:
+        async with self._turn:
+            await writer.drain()
+
     @property
     def fuses(self) -> bool:
         """Whether one statement can do what a transaction does: see :mod:`serve_app.store.fused`."""
@@ -226,14 +244,19 @@ class Database:
 
     async def carry_out(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Await ``work``, which goes on to its end when the caller is cancelled: see :func:`whole`."""
+        return await asyncio.shield(self._spawn(work))
+
+    def _spawn(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
         task = asyncio.create_task(work)
         self._running.add(task)
         task.add_done_callback(self._forget)
-        return await asyncio.shield(task)
+        return task
 
     async def close(self) -> None:
         """Wait for the work that cancelled callers left behind, then close all connections."""
         await asyncio.gather(*self._running, return_exceptions=True)
+        if self._at_once is not None:
+            await self._at_once.close()
         await self._engine.dispose()
 
     def _forget(self, task: asyncio.Task[Any]) -> None:

@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import bindparam, delete, literal_column, not_, or_, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from serve_app.domain.conversation import StreamSession
 from serve_app.domain.errors import NotFound
@@ -77,17 +78,18 @@ class Ownership:
         longer owns, or in another epoch than theirs, are left out; whoever generates it must stop without a word.
         Rows that are there already stay as they are, so a batch may be written twice.
         """
-        pulses: dict[str, Pulse] = {}
         writes = renew_s is not None or any(batches.values())
         if writes and self._db.fuses:
             async with self._db.alone() as connection:
                 return await fused.write_log(connection, owner, ids, batches, renew_s)
-        async with self._db.write() if writes else self._db.read() as connection:
+        statement = _RENEW if renew_s is not None else _LOOK_LOCKED if writes else _LOOK
+
+        async def logged(connection: AsyncConnection) -> dict[str, Pulse]:
+            pulses: dict[str, Pulse] = {}
             for some in chunks(ids):
                 given: dict[str, Any] = {"ids": some, "me": owner}
                 if renew_s is not None:
                     given |= {"ttl_ms": int(renew_s * 1000), "now": utc_now()}
-                statement = _RENEW if renew_s is not None else _LOOK_LOCKED if writes else _LOOK
                 for row in await connection.execute(statement, given):
                     pulses[row.id] = Pulse(row.epoch, row.terminate_reason)
             kept = [
@@ -96,7 +98,12 @@ class Ownership:
                 if id in pulses
             ]
             await append_many(connection, kept)
-        return pulses
+            return pulses
+
+        if writes:
+            return await self._db.write_at_once(logged)
+        async with self._db.read() as connection:
+            return await logged(connection)
 
     @whole
     async def read_log(self, positions: Mapping[str, int]) -> dict[str, tuple[SessionState, list[LogRow]]]:

@@ -63,7 +63,8 @@ class Sessions:
                 with suppress(IntegrityError):  # something is there already: the long way says what
                     await fused.begin(connection, new, question, conversation)
                     return BegunReply(question, new.begun(question.id))
-        async with self._one_per_key(new), self._db.write() as connection:
+
+        async def begun(connection: AsyncConnection) -> BegunReply:
             if conversation is None:
                 await _claim(connection, new)
             else:
@@ -73,6 +74,9 @@ class Sessions:
                 connection, new_message(new.conversation_id, text, "user", message_id), images
             )
             return BegunReply(message, await insert_session(connection, new, message.id))
+
+        async with self._one_per_key(new):
+            return await self._db.write_at_once(begun)
 
     @whole
     async def open_session(self, new: NewSession) -> StreamSession:
@@ -183,10 +187,13 @@ class Sessions:
                     if (row := await fused.finish(connection, id, values | saved, rows, epoch)) is not None:
                         return session_of(row)
         values |= {name: value for name, value in (("model", model), ("provider", provider)) if value is not None}
-        async with self._db.write() as connection:
+
+        async def ended(connection: AsyncConnection) -> StreamSession:
             if not await touch_of(connection, id, utc_now()):
                 await row_of(connection, id)
             return session_of(await finish(connection, id, values, rows, message_id, epoch))
+
+        return await self._db.write_at_once(ended)
 
     @whole
     async def request_termination(self, id: str, reason: TerminationReason | str) -> bool:

@@ -10,17 +10,21 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sqlalchemy import func, select, text
+from sqlalchemy import func, insert, select, text
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from serve_app.domain.conversation import Conversation
-from serve_app.domain.errors import Internal, ProviderUnavailable
-from serve_app.store import Store
+from serve_app.domain.errors import Internal, InvalidInput, NotFound, ProviderUnavailable
+from serve_app.store import NewSession, Store
 from serve_app.store import engine as engine_module
 from serve_app.store.engine import parse_url
-from serve_app.store.tables import database_ms, messages
+from serve_app.store.records import NewConversation
+from serve_app.store.sqlite import Writer
+from serve_app.store.tables import conversations, database_ms, messages
 
 WRITER = Path(__file__).with_name("writer_process.py")
 
@@ -94,6 +98,85 @@ async def test_a_cancelled_caller_leaves_whole_transactions(store: Store, conver
     assert len(set(listed)) == len(listed) > 1
     assert listed[-1] == "last"
     assert store._db._running == set()
+
+
+def new(name: str) -> tuple[NewSession, NewConversation]:
+    return NewSession(f"s-{name}", f"c-{name}", "m", "p", "me"), NewConversation(f"c-{name}", "Tab")
+
+
+async def begin(store: Store, name: str) -> str:
+    session, conversation = new(name)
+    return (await store.begin_reply(session, text=name, conversation=conversation)).session.id
+
+
+async def test_replies_that_begin_together_share_one_visit_to_sqlite(
+    on_sqlite: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = await Store.open(on_sqlite)
+    visits: list[int] = []
+    original = Writer._carry_out
+
+    def counted(self: Writer, waiting: Any, loop: Any) -> None:
+        visits.append(len(waiting))
+        original(self, waiting, loop)
+
+    monkeypatch.setattr(Writer, "_carry_out", counted)
+    begun = await asyncio.gather(*(begin(store, str(number)) for number in range(40)))
+    assert begun == [f"s-{number}" for number in range(40)]
+    assert sum(visits) == 40 and len(visits) <= 2
+    await store.close()
+
+
+async def test_of_replies_that_begin_together_one_that_cannot_disturbs_no_other(store: Store) -> None:
+    await begin(store, "known")
+    names = ["a", "known", "b", "known", "c"]
+    outcomes = await asyncio.gather(*(begin(store, name) for name in names), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [str, InvalidInput, str, InvalidInput, str]
+    kept = {name: [message.text for message in await store.list_messages(f"c-{name}")] for name in names}
+    assert kept == {name: [name] for name in names}
+
+
+async def test_what_every_reply_writes_waits_for_a_transaction_of_the_same_process(
+    on_sqlite: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "SQLITE_BUSY_MS", 50)
+    store = await Store.open(on_sqlite)
+    async with store._db.write() as connection:
+        await connection.exec_driver_sql("SELECT 1")
+        begun = asyncio.create_task(begin(store, "a"))
+        await asyncio.wait([begun], timeout=0.3)
+        assert not begun.done()
+    assert await begun == "s-a"
+    await store.close()
+
+
+async def test_a_reply_that_finds_the_file_locked_may_begin_again(
+    on_sqlite: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "SQLITE_BUSY_MS", 50)
+    holder, store = await Store.open(on_sqlite), await Store.open(on_sqlite)
+    async with holder._db.write() as connection:
+        await connection.exec_driver_sql("SELECT 1")
+        outcomes = await asyncio.gather(begin(store, "a"), begin(store, "b"), return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [ProviderUnavailable, ProviderUnavailable]
+    assert await asyncio.gather(begin(store, "a"), begin(store, "b")) == ["s-a", "s-b"]
+    await holder.close()
+    await store.close()
+
+
+async def test_a_transaction_in_one_visit_may_wait_for_nothing_else(on_sqlite: str) -> None:
+    store = await Store.open(on_sqlite)
+
+    async def waits(connection: AsyncConnection) -> None:
+        await connection.execute(insert(conversations).values(NewConversation("c", "Tab").values()))
+        await asyncio.sleep(0)
+
+    with pytest.raises(AssertionError, match="something else"):
+        await store._db.write_at_once(waits)
+    with pytest.raises(NotFound):
+        await store.get_conversation("c")
+    assert await begin(store, "a") == "s-a"
+    await store.close()
 
 
 async def test_closing_waits_for_what_cancelled_callers_left(url: str) -> None:

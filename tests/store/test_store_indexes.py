@@ -68,9 +68,13 @@ async def test_no_query_scans_a_table(store: Store) -> None:
         if sql.startswith(("SELECT", "UPDATE", "DELETE", "WITH")) and sql != "SELECT 1":
             seen.setdefault(sql, values[0] if many else values)
 
-    event.listen(store._db._engine.sync_engine, "before_cursor_execute", remember)
+    writer = store._db._at_once
+    engines = [store._db._engine.sync_engine, *([writer._engine] if writer else [])]
+    for engine in engines:
+        event.listen(engine, "before_cursor_execute", remember)
     await use_everything(store)
-    event.remove(store._db._engine.sync_engine, "before_cursor_execute", remember)
+    for engine in engines:
+        event.remove(engine, "before_cursor_execute", remember)
     assert len(seen) > 50
     async with store._db.write() as connection:  # one transaction, which the setting is for
         on_sqlite = connection.dialect.name == "sqlite"
