@@ -58,6 +58,7 @@ SETS: dict[str, tuple[Step, ...]] = {
         Step("engine", ("--sizes", "90M", "--streams", "32", *BOUNDED, *PEERS[:-1]), 40),
         Step("batch_scaling", ("--budget", "60"), 10),
         Step("batch_scaling", ("--sizes", "90M", "--budget", "60"), 12),
+        Step("prompt_passes", (), 5),
         Step("frames", (), 6),
         Step("int8", (), 4),
         Step("store_cost", (), 12),

@@ -25,6 +25,7 @@ ORDER = (
     "engine_90M_32",
     "batch_scaling",
     "batch_scaling_90M",
+    "prompt_passes",
     "gpu",
     "hops",
     "gateway",

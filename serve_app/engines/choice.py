@@ -17,13 +17,20 @@ from serve_app.engines.decoding import Passes
 from serve_app.engines.graphs import PIECES, Recorder
 from serve_app.engines.loading import Loaded
 from serve_app.engines.loop import SlotLoop
+from serve_app.engines.pace import Pace
 from serve_app.engines.slots import KEPT_ROWS, SlotDecoder
 
 log = logging.getLogger(__name__)
 
 
 def choose(
-    loaded: Loaded, ids: Sequence[int], places: int, limit: int | None, budget: int, graphs: bool = True
+    loaded: Loaded,
+    ids: Sequence[int],
+    places: int,
+    limit: int | None,
+    budget: int,
+    graphs: bool = True,
+    batch_tokens: int | None = None,
 ) -> SlotDecoder | BatchDecoder:
     """A decoder that has been tried on the ids of some text; its ``description`` says which, and why.
 
@@ -32,6 +39,7 @@ def choose(
         limit: tokens of prompt and reply together, or None.
         budget: tokens that all requests may hold together.
         graphs: whether steps may be CUDA graphs.
+        batch_tokens: of prompts in one pass at most; None: what suits the device.
     """
     passes = Passes(loaded)
     if not passes.check(ids):
@@ -42,6 +50,8 @@ def choose(
         batch = _batch(passes, ids, places, reason)
         if reason is None:
             slots = _slots(batch, passes, loaded, places, min(limit or budget, budget), budget, graphs)
+            if batch_tokens is not None:
+                slots.pace = Pace(batch_tokens)
             batch.reason = _trial(loaded, slots, passes, ids)
             if batch.reason is None:
                 return slots

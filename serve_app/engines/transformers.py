@@ -3,7 +3,8 @@
 Options in :attr:`EngineOptions.extra`: ``use_gpu`` (false), ``cuda_graphs`` (true; for what runs on a GPU:
 :mod:`serve_app.engines.graphs`), ``kv_tokens`` (see :mod:`serve_app.engines.memory`), ``prompt_timeout_s`` (30:
 templates and tokenizing), ``quantize`` (none, or "int8": see :func:`serve_app.engines.loading.quantize`), ``stall_s``
-(600: the longest step that is not a hang).
+(600: the longest step that is not a hang), ``batch_tokens`` (512 on a CPU, 4,096 on a GPU: tokens of prompts in one
+pass at most, see :mod:`serve_app.engines.pace`).
 
 Usage: ``prompt_tokens`` are all ids that the model reads, placeholders of images included; ``completion_tokens`` are
 all that it made, the token that ended the reply included. A continued reply's own prompt and new tokens only.
@@ -35,6 +36,7 @@ from serve_app.engines.base import Counters, EngineOptions, Progress, no_progres
 from serve_app.engines.faults import translate
 from serve_app.engines.ledger import Ledger, check_room
 from serve_app.engines.memory import context_limit, extra, kv_tokens
+from serve_app.engines.pace import MIN_CHUNK
 from serve_app.engines.prompt import Prompt, Prompter
 from serve_app.engines.reply import ReplyStream
 from serve_app.engines.text import Decode, Detokenizer, Step, guarded_step, window_step
@@ -43,7 +45,7 @@ from serve_app.engines.worker import Decoder, Job, Worker
 log = logging.getLogger(__name__)
 
 PROMPT_THREADS = 2
-EXTRA = frozenset({"use_gpu", "cuda_graphs", "kv_tokens", "prompt_timeout_s", "quantize", "stall_s"})
+EXTRA = frozenset({"use_gpu", "cuda_graphs", "kv_tokens", "prompt_timeout_s", "quantize", "stall_s", "batch_tokens"})
 TEMPLATE_CPU_S = 0.1
 """Processor time that the chat template may take for one short message."""
 TEMPLATE_WAIT_S = 20.0
@@ -186,6 +188,9 @@ def create(info: ModelInfo, options: EngineOptions, on_progress: Progress = no_p
         raise InvalidConfig(
             f"This engine has no setting {', '.join(sorted(unknown))}; it has {', '.join(sorted(EXTRA))}."
         )
+    batch_tokens = extra(options, "batch_tokens", None)
+    if batch_tokens is not None and not (isinstance(batch_tokens, int) and batch_tokens >= MIN_CHUNK):
+        raise InvalidConfig(f"batch_tokens is a whole number from {MIN_CHUNK} on.")
     loaded = load(info, options, on_progress)
     info = loaded.info
     size = int(loaded.model.get_input_embeddings().weight.shape[0])
@@ -203,7 +208,7 @@ def create(info: ModelInfo, options: EngineOptions, on_progress: Progress = no_p
     try:
         ids = _canary(loaded.tokenizer, loaded.model)
         graphs = bool(extra(options, "cuda_graphs", True))
-        decoder = choose(loaded, ids, options.max_concurrency, limit, budget, graphs)
+        decoder = choose(loaded, ids, options.max_concurrency, limit, budget, graphs, batch_tokens)
     except Exception as fault:  # the border to the libraries
         log.exception("trying %s failed", info.id)
         raise translate(fault, "load") from None

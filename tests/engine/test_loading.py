@@ -176,6 +176,12 @@ def test_an_unknown_setting_is_refused(model: Path) -> None:
         create(inspect(model, "org/name"), EngineOptions(extra=(("nope", 1),)))
 
 
+@pytest.mark.parametrize("wrong", [0, 15, -512, 64.5, "many", True])
+def test_batch_tokens_are_a_whole_number_of_some_size(model: Path, wrong: str | float) -> None:
+    with pytest.raises(InvalidConfig, match="batch_tokens is a whole number from 16 on"):
+        create(inspect(model, "org/name"), EngineOptions(extra=(("batch_tokens", wrong),)))
+
+
 def test_a_wrong_cache_is_noticed_and_given_up(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from serve_app.engines import decoding
 

@@ -287,6 +287,22 @@ async def test_an_idle_engine_reads_a_prompt_in_one_pass(make_engine: Make, ask:
         assert sizes.pop() > 190 and not sizes and reply.finish.usage.cached_tokens < 10
 
 
+async def test_batch_tokens_are_the_most_of_prompts_in_a_pass(make_engine: Make, ask: Ask, endless: Path) -> None:
+    usual, narrow = await make_engine(endless), await make_engine(endless, extra=(("batch_tokens", 64),))
+    loop = decoder_of(narrow).loop
+    sizes: list[int] = []
+    original = loop.run
+
+    def run(feeds: Any) -> torch.Tensor:
+        sizes.append(sum(len(feed.tokens) for feed in feeds))
+        return original(feeds)
+
+    loop.run = run  # type: ignore[method-assign]
+    one, other = [await ask(engine, "1 " * 100) for engine in (usual, narrow)]
+    assert other.text == one.text and sum(sizes) > 190
+    assert sizes[:3] == [64, 64, 64] and max(sizes) == 64
+
+
 async def test_a_short_prompt_does_not_wait_for_a_long_one(
     make_engine: Make, ask: Ask, endless: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
