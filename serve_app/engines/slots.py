@@ -17,7 +17,7 @@ from serve_app.domain.errors import ContextLengthExceeded
 from serve_app.engines.batch import BatchDecoder
 from serve_app.engines.decoding import Begun, Passes
 from serve_app.engines.loop import Feed, Seat, SlotLoop, piece
-from serve_app.engines.pace import MAX_CHUNK, MAX_CHUNK_GPU, MIN_CHUNK, Pace
+from serve_app.engines.pace import BURST, MAX_CHUNK, MAX_CHUNK_GPU, MIN_CHUNK, Pace
 from serve_app.engines.rows import common_length
 from serve_app.engines.worker import Job
 
@@ -41,7 +41,7 @@ class SlotDecoder:
         self._passes = passes
         self.loop = loop
         self.places: int | None = places
-        self.pace = Pace(MAX_CHUNK if loop.on_cpu else MAX_CHUNK_GPU)
+        self.pace = Pace(MAX_CHUNK, BURST) if loop.on_cpu else Pace(MAX_CHUNK_GPU)
 
     def __repr__(self) -> str:
         return f"SlotDecoder({self.loop.rows!r})"

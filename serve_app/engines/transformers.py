@@ -3,8 +3,8 @@
 Options in :attr:`EngineOptions.extra`: ``use_gpu`` (false), ``cuda_graphs`` (true; for what runs on a GPU:
 :mod:`serve_app.engines.graphs`), ``kv_tokens`` (see :mod:`serve_app.engines.memory`), ``prompt_timeout_s`` (30:
 templates and tokenizing), ``quantize`` (none, or "int8": see :func:`serve_app.engines.loading.quantize`), ``stall_s``
-(600: the longest step that is not a hang), ``batch_tokens`` (512 on a CPU, 4,096 on a GPU: tokens of prompts in one
-pass at most, see :mod:`serve_app.engines.pace`).
+(600: the longest step that is not a hang), ``batch_tokens`` (tokens of prompts in one pass at most; what suits the
+device and the model, see :mod:`serve_app.engines.pace`).
 
 Usage: ``prompt_tokens`` are all ids that the model reads, placeholders of images included; ``completion_tokens`` are
 all that it made, the token that ended the reply included. A continued reply's own prompt and new tokens only.

@@ -23,7 +23,7 @@ from serve_app.domain.errors import (
 )
 from serve_app.domain.generation import Delta, Finish, GenerationRequest, Image, Message, Options
 from serve_app.engines import slots
-from serve_app.engines.pace import MAX_CHUNK, MIN_CHUNK, Pace
+from serve_app.engines.pace import BURST, MAX_CHUNK, MIN_CHUNK, Pace
 from serve_app.engines.sampling import Sampler
 from serve_app.engines.slots import SlotDecoder
 from serve_app.engines.transformers import TransformersEngine
@@ -330,6 +330,26 @@ def test_the_pace_lets_running_streams_wait_no_longer_than_a_step() -> None:
     for _ in range(50):
         pace.passed(steps=0, tokens=10, seconds=0.050)
     assert pace.allowance(running=4, reading=1) == MIN_CHUNK
+
+
+def test_a_burst_is_read_at_once_where_that_takes_no_longer_than_half_a_second() -> None:
+    pace = Pace(MAX_CHUNK, BURST)
+    assert pace.allowance(running=0, reading=32) == MAX_CHUNK  # nobody knows yet how long it takes
+    pace.passed(steps=0, tokens=512, seconds=0.128)
+    assert pace.allowance(running=0, reading=32) == 2000
+    pace.passed(steps=0, tokens=16, seconds=0.016)  # so few tell nothing of many
+    pace.passed(steps=8, tokens=512, seconds=2.0)  # nor does what also had steps
+    assert pace.allowance(running=0, reading=32) == 2000
+    for _ in range(20):
+        pace.passed(steps=0, tokens=512, seconds=0.010)
+    assert pace.allowance(running=0, reading=32) == BURST
+    assert pace.allowance(running=1, reading=1) <= MAX_CHUNK
+    for _ in range(40):
+        pace.passed(steps=0, tokens=512, seconds=4.0)
+    assert pace.allowance(running=0, reading=32) == MAX_CHUNK
+    limited = Pace(256)
+    limited.passed(steps=0, tokens=512, seconds=0.010)
+    assert limited.allowance(running=0, reading=32) == 256
 
 
 def test_a_pass_reads_no_less_than_what_takes_as_long() -> None:
