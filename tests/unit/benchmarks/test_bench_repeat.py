@@ -72,4 +72,4 @@ def test_a_kept_run_has_no_say_in_what_is_expected_of_it(capsys: pytest.CaptureF
 def test_the_last_run_that_is_kept_lies_where_those_before_it_expect_it() -> None:
     *earlier, last = map(read, KEPT.values())
     pairs = compared(earlier, last).pairs
-    assert len(pairs) > 80 and sum(pair.expected for pair in pairs) / len(pairs) >= 0.9
+    assert len(pairs) > 70 and sum(pair.expected for pair in pairs) / len(pairs) >= 0.9
