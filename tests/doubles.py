@@ -218,12 +218,12 @@ class LocalPlatform:
         """Let nothing reach the database from here: to all others this ingress is dead, and it does not know."""
         database = self.services.store._db
 
-        def unreachable() -> Any:
+        def unreachable(*_: Any) -> Any:
             raise ProviderUnavailable("The conversation store cannot be reached now.")
 
-        database.read = database.write = unreachable  # type: ignore[method-assign]
+        database.read = database.write = database.write_at_once = unreachable  # type: ignore[method-assign]
         yield
-        del database.read, database.write
+        del database.read, database.write, database.write_at_once
 
     async def close(self) -> None:
         await self.services.sessions.close()
