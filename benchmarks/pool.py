@@ -39,6 +39,11 @@ def same(what: str) -> str:
     return re.sub(r"against .*, the better one$", "against the better peer", what)
 
 
+def expected(value: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Between what another run's median lies, with 95 %; None where nobody knows, as of one round alone."""
+    return (value["again"][0], value["again"][1]) if "again" in value and value["rounds"] > 1 else None
+
+
 def _one(group: Sequence[Found]) -> Found:
     if len(group) == 1:
         return group[0]
@@ -66,8 +71,8 @@ def _row(name: str, line: Rows, factor: float) -> Found:
         again = runs.bounds(factor, another=True)
         rounds = sum(row["value"]["rounds"] for row in rows)
         value = Interval(back(runs.middle), low, high, rounds, (back(again[0]), back(again[1]))).to_json()
-    sides = {side: median(row["sides"][side] for row in rows if side in row["sides"]) for row in rows
-             for side in row["sides"]}  # fmt: skip
+    names = dict.fromkeys(side for row in rows for side in row["sides"])
+    sides = {side: median(row["sides"][side] for row in rows if side in row["sides"]) for side in names}
     found = Interval(value["median"], value["low"], value["high"], value["rounds"])
     return {
         **rows[0],
@@ -93,8 +98,8 @@ def _runs(line: Rows, scaled: Scale) -> Runs | None:
     """Of the runs whose rounds tell of their spread; None for fewer than two."""
     told = []
     for value in (row["value"] for row in line if row is not None):
-        if "again" in value and value["rounds"] > 1:
-            low, high = map(scaled, value["again"])
+        if (bounds := expected(value)) is not None:
+            low, high = map(scaled, bounds)
             freedom = value["rounds"] - 1
             # As benchmarks.stats.another made them: the error of a median, times that of a difference of two.
             told.append((scaled(value["median"]), (high - low) / 2 / (student(freedom) * math.sqrt(2)), freedom))

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.found import KEPT, Found, number, read
-from benchmarks.pool import pooled, same
+from benchmarks.pool import expected, pooled, same
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,7 @@ class Pair:
     @property
     def expected(self) -> bool:
         value = self.earlier["value"]
-        known = "again" in value and value["rounds"] > 1  # of its spread one round tells nothing
-        low, high = value["again"] if known else (value["low"], value["high"])
+        low, high = expected(value) or (value["low"], value["high"])
         return bool(low <= self.later["value"]["median"] <= high)
 
     @property

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.found import KEPT, Found, number, read
-from benchmarks.pool import pooled
+from benchmarks.pool import expected, pooled
 from benchmarks.repeat import compared
 from serve_app.config.reference import between
 
@@ -100,11 +100,9 @@ def _table(rows: Iterable[Found]) -> Iterator[str]:
 
 def _another_run(row: Found) -> str:
     """Between what another run's median is expected (one round alone tells nothing of it), and those of the runs."""
-    value = row["value"]
-    known = "again" in value and value["rounds"] > 1
-    expected = " to ".join(number(bound) for bound in value["again"]) if known else ""
+    bounds = " to ".join(number(bound) for bound in expected(row["value"]) or ())
     told = ", ".join("–" if median is None else number(median) for median in row.get("medians", ()))
-    return " ".join(filter(None, (expected, told and f"({told})")))
+    return " ".join(filter(None, (bounds, told and f"({told})")))
 
 
 def _sides(row: Found) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from statistics import median
 
@@ -66,8 +65,7 @@ def contenders(stack: ExitStack, size: str, threads: int, tokens: int) -> list[C
         return made
 
     def contender(name: str, of: Engine, streams: int) -> Contender:
-        measured: Callable[[int], Figures] = lambda seed: runner.run(burst(of, random.Random(seed), streams, tokens))  # noqa: E731
-        return Contender(name, measured)
+        return Contender(name, lambda seed: runner.run(burst(of, random.Random(seed), streams, tokens)))
 
     first = engine(MAX_CHUNK)
     made = [contender("1 stream", first, 1), contender(name_of(MAX_CHUNK), first, STREAMS)]
