@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 
 import aiosqlite
 from sqlalchemy import Connection as SyncConnection
-from sqlalchemy import CursorResult, Dialect, Engine, ScalarResult, create_engine, event
+from sqlalchemy import CursorResult, Dialect, Engine, create_engine, event
 from sqlalchemy.dialects.sqlite.aiosqlite import SQLiteDialect_aiosqlite
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -45,9 +45,6 @@ class _AtOnce:
 
     async def scalar(self, statement: Any, parameters: Any = None) -> Any:
         return self._connection.scalar(statement, parameters)
-
-    async def scalars(self, statement: Any, parameters: Any = None) -> ScalarResult[Any]:
-        return self._connection.scalars(statement, parameters)
 
 
 class Writer:
